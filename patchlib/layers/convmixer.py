@@ -1,0 +1,41 @@
+"""The ConvMixer block."""
+
+from torch import Tensor, nn
+
+from .activation import activation
+from .depthwise import DepthwiseConv
+from .drop import DropPath
+from .grid import nchw
+from .scale import LayerScale
+
+
+class ConvMixerBlock(nn.Module):
+    """A depthwise convolution mixes positions, with a residual; a pointwise one mixes channels
+    (Trockman and Kolter 2022, https://arxiv.org/abs/2201.09792).
+
+    Args:
+        dim: channels.
+        kernel_size: side of the depthwise kernel, in patches.
+        act: ``"gelu"`` or ``"relu"``.
+        rezero: scale the residual branch by one learned scalar that starts at zero.
+        drop_path: probability that a sample skips the depthwise branch in training.
+
+    Shape: ``(batch, height, width, dim)`` to the same.
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int = 9, *, act: str = "gelu", rezero: bool = False, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.depthwise = DepthwiseConv(dim, kernel_size)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.scale = LayerScale(1, init=0.0) if rezero else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+        self.pointwise = nn.Linear(dim, dim)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.act = activation(act)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        mixed = nchw(self.norm1, self.act(self.depthwise(grid)))
+        grid = grid + self.drop_path(self.scale(mixed))
+        return nchw(self.norm2, self.act(self.pointwise(grid)))

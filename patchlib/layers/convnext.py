@@ -1,0 +1,57 @@
+"""The ConvNeXt block, V1 and V2."""
+
+from torch import Tensor, nn
+
+from .depthwise import DepthwiseConv
+from .drop import DropPath
+from .grn import GRN
+from .scale import LayerScale
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise convolution, a norm, and an MLP, on one residual branch (Liu et al. 2022,
+    https://arxiv.org/abs/2201.03545; with GRN it is V2's, Woo et al. 2023, https://arxiv.org/abs/2301.00808).
+
+    Args:
+        dim: channels.
+        kernel_size: side of the depthwise kernel, in patches.
+        ratio: width of the hidden layer, in multiples of `dim`.
+        grn: V2's response normalisation in the hidden layer.
+        layer_scale: V1's learned factor a channel, its start value; None for none.
+        eps: of the layer norm.
+        drop_path: probability that a sample skips the branch in training.
+
+    Shape: ``(batch, height, width, dim)`` to the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 7,
+        *,
+        ratio: float = 4.0,
+        grn: bool = True,
+        layer_scale: float | None = None,
+        eps: float = 1e-6,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.depthwise = DepthwiseConv(dim, kernel_size)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.grn = GRN(hidden) if grn else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`, ``(batch, height, width)`` with 1 where a patch is seen, keeps the others at zero, as sparse
+        convolution would in FCMAE pretraining."""
+        seen = None if mask is None else mask[..., None].to(grid.dtype)
+        x = grid if seen is None else grid * seen
+        x = self.act(self.fc1(self.norm(self.depthwise(x))))
+        x = self.fc2(self.grn(x if seen is None else x * seen))
+        x = grid + self.drop_path(self.scale(x))
+        return x if seen is None else x * seen

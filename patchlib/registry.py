@@ -1,0 +1,207 @@
+"""Names of blocks and models. Built-in names are text ("module:Class") until somebody asks for one."""
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .errors import ConfigError, UnknownNameError, nearest
+
+_LAYERS = "patchlib.layers."
+_BLOCKS: dict[str, dict[str, Any]] = {
+    "patch_embed": {
+        "linear": _LAYERS + "patch_embed:LinearPatches",
+        "conv": _LAYERS + "patch_embed:ConvPatches",
+        "early_conv": _LAYERS + "patch_embed:EarlyConv",
+    },
+    "pos_embed": {
+        "learned": _LAYERS + "pos_embed:LearnedPE",
+        "sinusoidal": _LAYERS + "pos_embed:SinusoidalPE",
+        "rotary": _LAYERS + "pos_embed:RotaryPE",
+    },
+    "stage": {
+        "convmixer": _LAYERS + "convmixer:ConvMixerBlock",
+        "transformer": _LAYERS + "transformer:TransformerBlock",
+        "convnext": _LAYERS + "convnext:ConvNeXtBlock",
+    },
+    "mlp": {"gelu": _LAYERS + "mlp:MLP", "swiglu": _LAYERS + "mlp:SwiGLU"},
+    "norm": {"layer": "torch.nn:LayerNorm", "rms": "torch.nn:RMSNorm"},
+    "pool": {
+        "class": _LAYERS + "pool:ClassPool",
+        "avg": _LAYERS + "pool:AvgPool",
+        "attention": _LAYERS + "pool:AttentionPool",
+    },
+}
+_user_blocks: dict[tuple[str | None, str], Callable[..., Any]] = {}
+_user_models: dict[str, "ModelEntry"] = {}
+
+
+class ModelEntry(NamedTuple):
+    """Where a registered name leads: its family, the class, and the config (or how to find both)."""
+
+    family: str
+    module: str | None = None
+    model_class: Any = None
+    config: Any = None
+
+
+def register_block(name: str, block: Callable[..., Any], *, role: str | None = None) -> None:
+    """Makes `block` a kind that configs can name.
+
+    Args:
+        name: the kind, as in ``patch_embed={"kind": name, **options}``.
+        block: a class (or function) that returns an `nn.Module`. What it is called with depends on where it is
+            used: ``patch_embed(patch_size=, in_chans=, dim=)``, ``pos_embed(dim=, size=, prefix=)``,
+            ``stage(dim=)``, ``mlp(dim=)``, ``norm(dim)``, ``pool(dim=)``; options follow as keywords.
+        role: one of those six words, to allow the name there only. Left out, it is allowed anywhere.
+
+    Raises:
+        ConfigError: the role is unknown, the name is empty, built in, or taken by another block.
+    """
+    if role is not None and role not in _BLOCKS:
+        raise ConfigError(f"role: found {role!r}{nearest(role, _BLOCKS)}")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name of a block: found {name!r}; allowed: a non-empty string")
+    if not callable(block):
+        raise ConfigError(f"block {name!r}: found {type(block).__name__}; allowed: a class or a function")
+    if any(name in _BLOCKS[r] for r in ([role] if role else _BLOCKS)):
+        raise ConfigError(f"block {name!r} is built in; choose another name")
+    if _user_blocks.get((role, name), block) is not block:
+        raise ConfigError(f"block {name!r} is already registered with another class; choose another name")
+    _user_blocks[role, name] = block
+
+
+def block_names(role: str) -> list[str]:
+    """The kinds that a config field of this role may name."""
+    return sorted({*_BLOCKS[role], *(name for r, name in _user_blocks if r in (None, role))})
+
+
+def find_block(role: str, kind: str) -> Callable[..., Any]:
+    """The class behind a kind.
+
+    Raises:
+        UnknownNameError: nobody registered it.
+    """
+    found = _BLOCKS[role].get(kind) or _user_blocks.get((role, kind)) or _user_blocks.get((None, kind))
+    if found is None:
+        raise UnknownNameError(
+            f"no {role} block is named {kind!r}{nearest(kind, block_names(role))}"
+            " (a block of your own must be registered first: patchlib.register_block(name, cls))"
+        )
+    return _import(found) if isinstance(found, str) else found
+
+
+def build_block(role: str, spec: Mapping[str, Any], *args: Any, **given: Any) -> Any:
+    """Builds the block that ``spec = {"kind": name, **options}`` names.
+
+    `args` and `given` come from the model; of `given`, a block receives what its constructor has parameters for.
+
+    Raises:
+        ConfigError: the block has no such option, or it is the model that sets it.
+    """
+    options = {key: value for key, value in spec.items() if key != "kind"}
+    block = find_block(role, spec["kind"])
+    for key in options.keys() & given.keys():
+        raise ConfigError(f"{role} {spec['kind']!r}: option {key!r} is set by the model; leave it out")
+    check_options(role, spec["kind"], options)
+    takes = _parameters(block)
+    return block(*args, **{key: value for key, value in given.items() if takes is None or key in takes}, **options)
+
+
+def check_options(role: str, kind: str, options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if the block of this kind has no such option."""
+    takes = _parameters(find_block(role, kind))
+    for key in options:
+        if takes is not None and key not in takes:
+            raise ConfigError(f"{role} {kind!r} has no option {key!r}{nearest(key, takes)}")
+
+
+def _parameters(block: Callable[..., Any]) -> set[str] | None:
+    """The names a constructor takes; None if it takes any."""
+    if isinstance(block, type) and block.__init__ is nn.Module.__init__:  # type: ignore[misc]
+        return set()  # its signature claims to take anything
+    parameters = inspect.signature(block).parameters.values()
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+
+
+def register_model(name: str, model_class: Any, config: Any, *, family: str = "user") -> None:
+    """Gives a config a name, for `create_model` and `list_models`.
+
+    Args:
+        name: letters, digits, ``_`` and ``-``; no dot (what follows a dot is the tag of weights).
+        model_class: the class that builds it, called as ``model_class(config)``.
+        config: an instance of ``model_class.Config``.
+
+    Raises:
+        ConfigError: the name is malformed or taken, or the config is not the class's own.
+    """
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
+        raise ConfigError(f"name of a model: found {name!r}; allowed: letters, digits, '_' and '-'")
+    if name in _index():
+        raise ConfigError(f"model {name!r} is built in; choose another name")
+    if not isinstance(config, getattr(model_class, "Config", ())):
+        raise ConfigError(f"config of {name!r}: found {type(config).__name__}; allowed: {model_class.__name__}.Config")
+    entry = ModelEntry(family, None, model_class, config)
+    if _user_models.get(name, entry) != entry:
+        raise ConfigError(f"model {name!r} is already registered with another config; choose another name")
+    _user_models[name] = entry
+
+
+def model_names(family: str | None = None) -> list[str]:
+    """Every registered name, in natural order; of one family if asked."""
+    entries = {**_index(), **_user_models}
+    if family is not None and family not in (families := {e.family for e in entries.values()}):
+        raise UnknownNameError(f"no family is named {family!r}{nearest(family, families)}")
+    return sorted(name for name, entry in entries.items() if family in (None, entry.family))
+
+
+def find_model(name: str) -> tuple[Any, Any]:
+    """The class and the config behind a name; imports that model's file and no other.
+
+    Raises:
+        UnknownNameError: no model has the name.
+    """
+    entry = _user_models.get(name) or _index().get(name)
+    if entry is None:
+        raise UnknownNameError(f"no model is named {name!r}{nearest(name, model_names())}; see patchlib.list_models()")
+    if entry.module is None:
+        return entry.model_class, entry.config
+    module = importlib.import_module(entry.module)
+    model_class = getattr(module, entry.model_class)
+    return model_class, model_class.Config(**module.VARIANTS[name])
+
+
+def find_model_class(class_name: str) -> Any:
+    """The built-in or registered model class of this name, as saved folders write it."""
+    classes = {entry.model_class: entry.module for entry in _index().values()}
+    own = {entry.model_class.__name__: entry.model_class for entry in _user_models.values()}
+    if class_name in own:
+        return own[class_name]
+    if not isinstance(class_name, str) or class_name not in classes:
+        raise UnknownNameError(f"no model class is named {class_name!r}{nearest(class_name, {*classes, *own})}")
+    return getattr(importlib.import_module(classes[class_name]), class_name)
+
+
+def family_of(name: str) -> str:
+    """The family of a registered name."""
+    return (_user_models.get(name) or _index()[name]).family
+
+
+@cache
+def _index() -> dict[str, ModelEntry]:
+    index = json.loads((Path(__file__).parent / "models" / "index.json").read_text())
+    return {
+        name: ModelEntry(family, entry["module"], entry["class"])
+        for family, entry in index.items()
+        for name in entry["names"]
+    }
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
