@@ -178,7 +178,7 @@ def find_model(name: str) -> tuple[Any, Any]:
 
 def find_model_class(class_name: str) -> Any:
     """The built-in or registered model class of this name, as saved folders write it."""
-    classes = {entry.model_class: entry.module for entry in _index().values()}
+    classes = {entry.model_class: entry.module or "" for entry in _index().values()}
     own = {entry.model_class.__name__: entry.model_class for entry in _user_models.values()}
     if class_name in own:
         return own[class_name]

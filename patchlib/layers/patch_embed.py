@@ -78,7 +78,7 @@ class PatchEmbed(nn.Module):
         size = images.shape[-2:]
         covered = [
             (cells - 1) * stride + patch
-            for cells, stride, patch in zip(self.grid_size(tuple(size)), self.stride, self.patch_size, strict=True)
+            for cells, stride, patch in zip(self.grid_size((size[0], size[1])), self.stride, self.patch_size, strict=True)
         ]
         if self.remainder == "error":
             for name, length, fits, patch in zip(("height", "width"), size, covered, self.patch_size, strict=True):

@@ -38,12 +38,11 @@ class Model(nn.Module):
         Each module that holds parameters is initialised by its own `reset_parameters`, and then as the model's
         paper says, where that differs.
         """
-        if isinstance(part, str):
-            modules = dict(self.named_modules())
-            if part not in modules:
-                raise UnknownNameError(f"no submodule is named {part!r}{nearest(part, modules)}")
-            part = modules[part]
-        for module in (self if part is None else part).modules():
+        named = dict(self.named_modules())
+        if isinstance(part, str) and part not in named:
+            raise UnknownNameError(f"no submodule is named {part!r}{nearest(part, named)}")
+        root = named[part or ""] if part is None or isinstance(part, str) else part
+        for module in root.modules():
             if module is not self and (reset := getattr(module, "reset_parameters", None)):
                 reset()
             self._init_module(module)

@@ -113,9 +113,9 @@ class ViT(ImageModel):
         super().__init__()
         self.config = config = ViTConfig.of(config, overrides)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.dim, **config.patch_embed)
-        for name, word in (("cls_token", "class"), ("dist_token", "distill"), ("reg_token", "register")):
-            count = config.tokens[word]
-            setattr(self, name, nn.Parameter(torch.empty(1, count, config.dim)) if count else None)
+        self.cls_token = self._make_tokens("class")
+        self.dist_token = self._make_tokens("distill")
+        self.reg_token = self._make_tokens("register")
         self.pos_embed = self._make_positions()
         self.pos_drop = nn.Dropout(config.drop)
         self.blocks = nn.ModuleList(
@@ -128,6 +128,10 @@ class ViT(ImageModel):
         self.norm = nn.Identity() if config.pool.get("norm") else build_block("norm", config.norm, config.dim)
         self.head = self._make_head()
         self.init_weights()
+
+    def _make_tokens(self, name: str) -> nn.Parameter | None:
+        count = self.config.tokens[name]
+        return nn.Parameter(torch.empty(1, count, self.config.dim)) if count else None
 
     def _make_positions(self) -> nn.Module | None:
         config = self.config
@@ -213,7 +217,7 @@ class DistilledHead(Head):
 
 
 # ViT's table 1; tiny and small from DeiT, medium and huge from DeiT III, giant from "Scaling Vision Transformers"
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 192, "depth": 12, "heads": 3},
     "small": {"dim": 384, "depth": 12, "heads": 6},
     "medium": {"dim": 512, "depth": 12, "heads": 8},
@@ -223,7 +227,7 @@ _SIZES = {
     "huge": {"dim": 1280, "depth": 32, "heads": 16},
     "giant": {"dim": 1408, "depth": 40, "heads": 16, "mlp": {"ratio": 48 / 11}},
 }
-_GAP = {"tokens": {"class": 0}, "pool": {"kind": "avg"}}
+_GAP: dict[str, Any] = {"tokens": {"class": 0}, "pool": {"kind": "avg"}}
 _GAP_SCALED = {**_GAP, "attention": {"qkv_bias": False}, "layer_scale": 1e-6}
 _DEIT3 = {"pos_embed": {"kind": "learned", "covers_prefix": False}, "layer_scale": 1e-6}
 

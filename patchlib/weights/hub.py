@@ -8,12 +8,15 @@ and only `HubRepo.verify` hashes again.
 """
 
 import contextlib
+import hashlib
+import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal, overload
 
-from patchlib.errors import InputError, WeightsError
+from patchlib.errors import HubError, InputError, WeightsError
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_PART}/)?{_PART}")
@@ -109,16 +112,14 @@ class HubRepo:
     def verify(self, filename: str, sha256: str | None = None) -> str:
         """Hashes a file again and answers its sha256, in hex. Raises as `file` does; after a `WeightsError` the next
         `file` fetches it again."""
-        path = self.file(filename, sha256)
-        file = _Cached(path, filename)
+        file = _Cached(self.file(filename, sha256), filename)
         with file.lock():
+            noted = file.noted()
             with contextlib.suppress(OSError):  # a read-only cache has no receipts
                 file.receipt.unlink()
-            if problem := file.problem(sha256):
-                raise WeightsError(
-                    f"{self._name(filename)}: {problem}. It changed on the disk; load it to fetch it again"
-                )
-        return sha256_of(path)
+            if problem := file.problem(noted or sha256):
+                raise WeightsError(f"{self._name(filename)}: {problem}. It changed on the disk; load it to get it anew")
+        return noted or sha256_of(file.path)
 
     def _locate(self, filename: str, optional: bool) -> "_Cached | None":
         """The file in the cache, not checked yet."""
@@ -138,10 +139,10 @@ class HubRepo:
                 remote = get_hf_file_metadata(hf_hub_url(self.repo_id, filename, revision=revision), token=self.token)
             except RemoteEntryNotFoundError:
                 remote = None  # the download finds that too, and notes it in the cache
-            if cached is not None and remote is not None and remote.commit_hash == cached.commit:
-                return _Cached(cached.path, filename, remote.etag)
-            file = _Cached(self._download(filename, revision), filename)
-            moved = remote is None or remote.commit_hash != file.commit
+            file = cached
+            if file is None or remote is None or remote.commit_hash != file.commit:
+                file = _Cached(self._download(filename, revision), filename)
+            moved = remote is None or remote.commit_hash != file.commit  # between the two requests
             return file if moved else _Cached(file.path, filename, remote.etag)
         except Exception as error:  # what httpx, its successor and hf_xet raise has no nearer common base
             offline = isinstance(error, OfflineModeIsEnabled)
@@ -158,17 +159,28 @@ class HubRepo:
     def _download(self, filename: str, revision: str, force: bool = False) -> Path:
         from huggingface_hub import hf_hub_download
 
-        options = {"revision": revision, "cache_dir": self.cache_dir, "token": self.token, "force_download": force}
-        try:
-            return Path(hf_hub_download(self.repo_id, filename, **options))
-        except OSError as error:
-            if type(error) is not OSError or error.errno is not None:
-                raise
-            # What the client raises for a body of the wrong length, which is as wrong as a wrong hash.
-            return Path(hf_hub_download(self.repo_id, filename, **options))
+        tries = 2
+        while True:
+            tries -= 1
+            try:
+                return Path(
+                    hf_hub_download(
+                        self.repo_id,
+                        filename,
+                        revision=revision,
+                        cache_dir=self.cache_dir,
+                        token=self.token,
+                        force_download=force,
+                    )
+                )
+            except OSError as error:  # plain: the body has the wrong length, which is no better than a wrong hash
+                if not tries or type(error) is not OSError or error.errno is not None:
+                    raise
 
     def _check(self, file: "_Cached", sha256: str | None) -> None:
         """Hashes a file; fetches it again where it is wrong, and refuses it where it stays wrong."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
         name = self._name(file.filename)
         with file.lock():  # of several processes one hashes and fetches, and the others find its receipt
             problem = file.problem(sha256)
@@ -177,15 +189,14 @@ class HubRepo:
             if sha256 and len(file.etag) == 64 and file.etag != sha256:
                 raise WeightsError(f"{name}: {problem}. The Hub has another file there; name the revision that fits")
             try:
+                if self.local_files_only:
+                    raise OfflineModeIsEnabled
                 self._download(file.filename, file.commit, force=True)
-            except Exception as error:  # see _locate; the client wraps what it met while forced into a ValueError
-                cause = error.__cause__ if isinstance(error, ValueError) else error
-                raise WeightsError(f"{name}: {problem}. Fetching again: {_reason(cause, self.revision)}") from error
+            except Exception as error:  # see _locate
+                raise WeightsError(f"{name}: {problem}. To fetch again: {_reason(error, self.revision)}") from error
             warnings.warn(f"{name}: {problem}. It was fetched again", stacklevel=4)
             if problem := file.problem(sha256):
-                raise WeightsError(
-                    f"{name}: {problem}, also after fetching it again. The Hub sends it damaged; try later"
-                )
+                raise WeightsError(f"{name}: {problem}, also when fetched again. The Hub sends it damaged; try later")
 
     def _name(self, filename: str) -> str:
         return f"{filename!r} of {self.repo_id!r} at {self.commit or self.revision!r}"
@@ -223,18 +234,23 @@ class _Cached:
             return WeakFileLock(f"{self.receipt}.lock")
         return contextlib.nullcontext()  # nobody writes into a read-only cache
 
-    def hashed_as(self, sha256: str | None) -> bool:
-        """Whether the file was hashed, kept size and time since, and had the expected hashes."""
+    def noted(self) -> str | None:
+        """The sha256 that the receipt states, as long as the file keeps the size and time noted with it."""
         try:
-            size, time, found = self.receipt.read_text().split()
+            size, time, sha256 = self.receipt.read_text().split()
         except (OSError, ValueError):
-            return False
+            return None
         stat = self.path.stat()
+        return sha256 if (size, time) == (str(stat.st_size), str(stat.st_mtime_ns)) else None
+
+    def hashed_as(self, sha256: str | None) -> bool:
+        """Whether the file was hashed already, and was what the Hub and `sha256` say."""
+        noted = self.noted()
         expected = [name for name in (self.etag, sha256) if name and len(name) == 64]
-        return (size, time) == (str(stat.st_size), str(stat.st_mtime_ns)) and all(found == name for name in expected)
+        return noted is not None and all(noted == name for name in expected)
 
     def problem(self, sha256: str | None) -> str | None:
-        """What is wrong with the content, or None; the receipt says so then."""
+        """What is wrong with the content, or None and a receipt of it."""
         if self.hashed_as(sha256):
             return None
         stat, found = self.path.stat(), sha256_of(self.path)
@@ -309,11 +325,13 @@ def _reason(error: BaseException | None, revision: str) -> str:
             return "there is no such file; check its spelling, or the revision"
         case errors.OfflineModeIsEnabled():
             return (
-                "the cache has no such file, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them once"
+                "the cache has no sound copy, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them once"
             )
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"the Hub refuses access ({error.response.status_code}); {login} one that may do this"
         case errors.HfHubHTTPError():
             return f"the Hub answers {error.response.status_code}; try again later"
+        case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:
+            return _reason(error.__cause__, revision)  # what the client met while it was forced, or saw no other way
     said = " ".join(str(error).split()) or "no answer"
     return f"{said} ({type(error).__name__}); check the connection, or try again later"
