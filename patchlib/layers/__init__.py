@@ -1,0 +1,1 @@
+"""Blocks: modules that take plain numbers, one layer a file."""

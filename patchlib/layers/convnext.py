@@ -1,7 +1,11 @@
 """The ConvNeXt block, V1 and V2."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
+from ..registry import build_block
 from .depthwise import DepthwiseConv
 from .drop import DropPath
 from .grn import GRN
@@ -14,34 +18,37 @@ class ConvNeXtBlock(nn.Module):
 
     Args:
         dim: channels.
-        kernel_size: side of the depthwise kernel, in patches.
+        kernel_size: side of the depthwise kernel, in patches, or (height, width).
         ratio: width of the hidden layer, in multiples of `dim`.
         grn: V2's response normalisation in the hidden layer.
         layer_scale: V1's learned factor a channel, its start value; None for none.
-        eps: of the layer norm.
+        norm: kind and options of the norm.
         drop_path: probability that a sample skips the branch in training.
 
     Shape: ``(batch, height, width, dim)`` to the same.
     """
 
+    Depthwise: Any = DepthwiseConv  # what a subclass may put in their place
+    Response: Any = GRN
+
     def __init__(
         self,
         dim: int,
-        kernel_size: int = 7,
+        kernel_size: int | tuple[int, int] = 7,
         *,
         ratio: float = 4.0,
         grn: bool = True,
         layer_scale: float | None = None,
-        eps: float = 1e-6,
+        norm: Mapping[str, Any] | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
-        self.depthwise = DepthwiseConv(dim, kernel_size)
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient
+        self.depthwise = self.Depthwise(dim, kernel_size)
+        self.norm = build_block("norm", norm or {"kind": "layer", "eps": 1e-6}, dim)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.grn = GRN(hidden) if grn else nn.Identity()
+        self.grn = self.Response(hidden) if grn else nn.Identity()
         self.fc2 = nn.Linear(hidden, dim)
         self.scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)

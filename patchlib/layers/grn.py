@@ -27,7 +27,16 @@ class GRN(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.respond(x, self.strength(x))
+
+    def strength(self, x: Tensor) -> Tensor:
+        """Norm of each channel over the positions, ``(batch, 1, …, 1, dim)``, at least in float32: squares over a
+        whole grid overflow half precision."""
         positions = tuple(range(1, x.dim() - 1))
-        strength = torch.linalg.vector_norm(x, dim=positions, keepdim=True)
-        response = strength / (strength.mean(dim=-1, keepdim=True) + self.eps)
-        return x + torch.addcmul(self.bias, self.weight * response, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.linalg.vector_norm(x, dim=positions, keepdim=True, dtype=dtype)
+
+    def respond(self, x: Tensor, strength: Tensor) -> Tensor:
+        """Each channel scaled by its strength among the channels, plus what came in."""
+        factor = 1 + self.weight * (strength / (strength.mean(dim=-1, keepdim=True) + self.eps))
+        return torch.addcmul(self.bias.to(x.dtype), factor.to(x.dtype), x)  # one pass over the wide tensor

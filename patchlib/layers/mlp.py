@@ -18,7 +18,7 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float = 4.0, approximate: str = "none", drop: float = 0.0) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient, such as 48 / 11
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU(approximate)
         self.fc2 = nn.Linear(hidden, dim)
@@ -38,7 +38,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float = 8 / 3, drop: float = 0.0) -> None:
         super().__init__()
-        hidden = int(dim * ratio)
+        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient, such as 48 / 11
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)

@@ -1,0 +1,1 @@
+"""Everything between a name and a filled model."""

@@ -115,9 +115,7 @@ class HubRepo:
         file = _Cached(self.file(filename, sha256), filename)
         with file.lock():
             noted = file.noted()
-            with contextlib.suppress(OSError):  # a read-only cache has no receipts
-                file.receipt.unlink()
-            if problem := file.problem(noted or sha256):
+            if problem := file.problem(noted or sha256, again=True):
                 raise WeightsError(f"{self._name(filename)}: {problem}. It changed on the disk; load it to get it anew")
         return noted or sha256_of(file.path)
 
@@ -142,8 +140,9 @@ class HubRepo:
             file = cached
             if file is None or remote is None or remote.commit_hash != file.commit:
                 file = _Cached(self._download(filename, revision), filename)
-            moved = remote is None or remote.commit_hash != file.commit  # between the two requests
-            return file if moved else _Cached(file.path, filename, remote.etag)
+            if remote is None or remote.commit_hash != file.commit:  # it has moved between the two requests
+                return file
+            return _Cached(file.path, filename, remote.etag)
         except Exception as error:  # what httpx, its successor and hf_xet raise has no nearer common base
             offline = isinstance(error, OfflineModeIsEnabled)
             missing = isinstance(error, RemoteEntryNotFoundError)
@@ -191,10 +190,12 @@ class HubRepo:
             try:
                 if self.local_files_only:
                     raise OfflineModeIsEnabled
+                if not file.path.is_symlink():
+                    file.path.unlink()  # the client puts a new file behind a link, but not over a file
                 self._download(file.filename, file.commit, force=True)
             except Exception as error:  # see _locate
                 raise WeightsError(f"{name}: {problem}. To fetch again: {_reason(error, self.revision)}") from error
-            warnings.warn(f"{name}: {problem}. It was fetched again", stacklevel=4)
+            warnings.warn(f"{name}: {problem}. It was fetched again", stacklevel=3)
             if problem := file.problem(sha256):
                 raise WeightsError(f"{name}: {problem}, also when fetched again. The Hub sends it damaged; try later")
 
@@ -246,12 +247,13 @@ class _Cached:
     def hashed_as(self, sha256: str | None) -> bool:
         """Whether the file was hashed already, and was what the Hub and `sha256` say."""
         noted = self.noted()
-        expected = [name for name in (self.etag, sha256) if name and len(name) == 64]
-        return noted is not None and all(noted == name for name in expected)
+        named = self.etag if len(self.etag) == 64 else noted
+        return noted is not None and noted == named == (sha256 or noted)
 
-    def problem(self, sha256: str | None) -> str | None:
-        """What is wrong with the content, or None and a receipt of it."""
-        if self.hashed_as(sha256):
+    def problem(self, sha256: str | None, again: bool = False) -> str | None:
+        """What is wrong with the content, or None; the receipt is written or removed accordingly. A file that has a
+        receipt is hashed only if `again`."""
+        if not again and self.hashed_as(sha256):
             return None
         stat, found = self.path.stat(), sha256_of(self.path)
         checks = [("sha256", sha256, found)]
@@ -261,12 +263,15 @@ class _Cached:
             content = self.path.read_bytes()
             header = b"blob %d\0" % len(content)
             checks.append(("git hash", self.etag, hashlib.sha1(header + content, usedforsecurity=False).hexdigest()))
-        for kind, expected, actual in checks:
-            if expected and expected != actual:
-                return f"expected {kind} {expected}, found {actual} ({stat.st_size} bytes, {self.path})"
-        with contextlib.suppress(OSError):  # a read-only cache: hashed at each load instead
-            self.receipt.parent.mkdir(parents=True, exist_ok=True)
-            self.receipt.write_text(f"{stat.st_size} {stat.st_mtime_ns} {found}\n")
+        wrong = [check for check in checks if check[1] and check[1] != check[2]]
+        with contextlib.suppress(OSError):  # into a read-only cache nothing is written: it is hashed at each load
+            if wrong:
+                self.receipt.unlink(missing_ok=True)
+            else:
+                self.receipt.write_text(f"{stat.st_size} {stat.st_mtime_ns} {found}\n")
+        if wrong:
+            kind, expected, actual = wrong[0]
+            return f"expected {kind} {expected}, found {actual} ({stat.st_size} bytes, {self.path})"
         return None
 
 
@@ -313,22 +318,20 @@ def _reason(error: BaseException | None, revision: str) -> str:
     """Why the Hub's client failed, and what helps."""
     from huggingface_hub import errors
 
-    login = "log in with `hf auth login` or pass token="
+    login = "pass a token that may read it, or log in with `hf auth login`"
     match error:
         case errors.GatedRepoError():
             return f"the repository is gated; accept its licence on the Hub, then {login}"
         case errors.RepositoryNotFoundError():
-            return f"there is no such repository; check its spelling or, if it is private, {login}"
+            return f"there is no such repository; check its spelling; if it is private, {login}"
         case errors.RevisionNotFoundError():
             return f"there is no such revision; check the branch, tag or commit {revision!r}"
         case errors.RemoteEntryNotFoundError():
             return "there is no such file; check its spelling, or the revision"
         case errors.OfflineModeIsEnabled():
-            return (
-                "the cache has no sound copy, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them once"
-            )
+            return "no sound copy is in the cache, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-            return f"the Hub refuses access ({error.response.status_code}); {login} one that may do this"
+            return f"the Hub refuses access ({error.response.status_code}); pass a token that may do this, or log in with `hf auth login`"
         case errors.HfHubHTTPError():
             return f"the Hub answers {error.response.status_code}; try again later"
         case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:

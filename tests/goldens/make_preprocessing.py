@@ -27,7 +27,7 @@ HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 # name: photograph, box (left, top, right, bottom) cut out of it or None, mode, numbers
 CASES = {
     "center": ("chelsea", None, "RGB", {"input_size": [3, 48, 48]}),
-    "center_bilinear": ("coffee", None, "RGB", {"input_size": [3, 48, 48], "interpolation": "bilinear", "crop_pct": 0.9}),
+    "center_bilinear": ("coffee", None, "RGB", {"input_size": [3, 48, 48], "interpolation": "bilinear"}),
     "center_whole": ("astronaut", None, "RGB", {"input_size": [3, 40, 40], "crop_pct": 1.0, **HALF}),
     "center_tall_target": ("coffee", None, "RGB", {"input_size": [3, 56, 32], "crop_pct": 0.95}),
     "center_wide_target": ("chelsea", None, "RGB", {"input_size": [3, 31, 53]}),
@@ -77,7 +77,12 @@ def check(folder: Path) -> None:
     options = list(
         itertools.product(sizes, (0.875, 0.9, 1.0), ("center", "squash", "border"), ("bicubic", "bilinear", "nearest"))
     )
-    worst, worst_uint8, worst_float, wrong, values, total = 0.0, 0.0, 0.0, 0, 0, 0.0
+    images = 0
+    worst: dict[str, float] = {}
+
+    def note(what: str, value: torch.Tensor) -> None:
+        worst[what] = max(worst.get(what, 0.0), float(value))
+
     for i, path in enumerate(photographs):
         whole = Image.open(path).convert("RGB")
         width, height = whole.size
@@ -88,19 +93,17 @@ def check(folder: Path) -> None:
                 numbers = {"input_size": size, "crop_pct": crop_pct, "crop_mode": crop_mode}
                 prepare = Preprocess(**numbers, interpolation=interpolation)
                 wanted = expected(image, {**numbers, "interpolation": interpolation})
-                worst = max(worst, float((prepare(image)[0] - wanted).abs().max()))
+                images += 1
+                note("PIL image", (prepare(image)[0] - wanted).abs().max())
                 levels = 255 * torch.tensor(prepare.std)[:, None, None]
-                off = ((prepare(pixels)[0] - wanted) * levels).abs()
-                wrong, values = wrong + int((off > 0.5).sum()), values + off.numel()
-                worst_uint8 = max(worst_uint8, float(off.max()))
-                if interpolation != "nearest":
-                    off = ((prepare(pixels / 255)[0] - wanted) * levels).abs()
-                    worst_float, total = max(worst_float, float(off.max())), max(total, float(off.mean()))
-    print(f"{len(photographs)} photographs, {values // 1000000} million values")
-    print(f"PIL images against timm: largest difference {worst:.2e}")
-    print(f"uint8 tensors against timm: at most {worst_uint8:.3f} grey levels, {wrong} values ({wrong / values:.1e}) differ")
-    print(f"float tensors against timm: at most {worst_float:.3f} grey levels, largest mean of an image {total:.3f}")
-    if not photographs or worst > 1e-5:
+                for kind, tensor in (("uint8", pixels), ("float", pixels / 255)):
+                    off = ((prepare(tensor)[0] - wanted) * levels).abs()
+                    note(f"{kind} {interpolation}, grey levels", off.max())
+                    note(f"{kind} {interpolation}, grey levels, mean of an image", off.mean())
+    print(f"{len(photographs)} photographs as {images} inputs; largest differences from timm {timm.__version__}:")
+    for what, value in worst.items():
+        print(f"    {what}: {value:.2g}")
+    if not photographs or worst["PIL image"] > 1e-5:
         sys.exit("no photographs found" if not photographs else "patchlib differs from timm")
 
 

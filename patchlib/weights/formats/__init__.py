@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries, by declared tables: `table` says how, each other file is one library."""

@@ -1,0 +1,45 @@
+# The public names and where they live. `__init__.py` reads this file; type checkers and editors do too.
+from .errors import ConfigError as ConfigError
+from .errors import HubError as HubError
+from .errors import InputError as InputError
+from .errors import MissingExtraError as MissingExtraError
+from .errors import PatchlibError as PatchlibError
+from .errors import UnknownNameError as UnknownNameError
+from .errors import WeightsError as WeightsError
+from .factory import create_model as create_model
+from .factory import list_models as list_models
+from .factory import load_pretrained as load_pretrained
+from .factory import model_info as model_info
+from .layers.attention import Attention as Attention
+from .layers.convmixer import ConvMixerBlock as ConvMixerBlock
+from .layers.convnext import ConvNeXtBlock as ConvNeXtBlock
+from .layers.depthwise import DepthwiseConv as DepthwiseConv
+from .layers.downsample import Downsample as Downsample
+from .layers.drop import DropPath as DropPath
+from .layers.grid import Patches as Patches
+from .layers.grn import GRN as GRN
+from .layers.mlp import MLP as MLP
+from .layers.mlp import SwiGLU as SwiGLU
+from .layers.patch_embed import PatchEmbed as PatchEmbed
+from .layers.pool import AttentionPool as AttentionPool
+from .layers.pool import AvgPool as AvgPool
+from .layers.pool import ClassPool as ClassPool
+from .layers.pos_embed import LearnedPE as LearnedPE
+from .layers.pos_embed import RotaryPE as RotaryPE
+from .layers.pos_embed import SinusoidalPE as SinusoidalPE
+from .layers.scale import LayerScale as LayerScale
+from .layers.tokenizer import ImageTokenizer as ImageTokenizer
+from .layers.transformer import TransformerBlock as TransformerBlock
+from .models.convmixer import ConvMixer as ConvMixer
+from .models.convmixer import ConvMixerConfig as ConvMixerConfig
+from .models.patchnet import PatchNet as PatchNet
+from .models.patchnet import PatchNetConfig as PatchNetConfig
+from .models.vit import ViT as ViT
+from .models.vit import ViTConfig as ViTConfig
+from .preprocessing import preprocess as preprocess
+from .registry import register_block as register_block
+from .registry import register_model as register_model
+from .weights.save import push_to_hub as push_to_hub
+from .weights.save import save_pretrained as save_pretrained
+
+__version__: str

@@ -1,0 +1,258 @@
+"""`create_model` and what tells about models: the only place where architecture meets weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, WeightsError
+from .models.base import ImageModel, Model
+from .models.features import FeatureExtractor
+from .registry import family_of, find_model, model_names
+from .weights.catalog import Weights, find_weights, weights_of
+from .weights.load import Checkpoint, fill, read_checkpoint
+
+_SOURCES = ("hf-hub:", "local-dir:")
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool | None = None,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    features_only: bool = False,
+    out_indices: int | Iterable[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    check_finite: bool = False,
+    **config_overrides: Any,
+) -> Any:
+    """Builds a model by name, with weights if asked.
+
+        create_model("convmixer_16", pretrained=True)
+        create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k", pretrained=True, num_classes=10)
+        create_model("hf-hub:timm/convmixer_768_32.in1k")
+        create_model("local-dir:path/to/folder")
+        create_model("vit_16_linear", patch_embed="early_conv", pos_embed="sinusoidal", depth=6)
+
+    Args:
+        name: a registered name, with ``.tag`` for particular weights; ``hf-hub:user/name[@revision]``; or
+            ``local-dir:folder``. Folders and repositories may be patchlib's, timm's or transformers'.
+        pretrained: load weights; left out, yes for ``hf-hub:`` and ``local-dir:``, no for names.
+        checkpoint: weights from this file or source instead.
+        num_classes: size of the classifier; another than the checkpoint's means a new head, drawn at random;
+            0 for none.
+        in_chans, img_size: channels and size (pixels) of the images; weights are adapted.
+        features_only: return the feature maps of the steps `out_indices`, as a list of ``(batch, channels, h, w)``.
+        out_indices: a list of steps, or how many of the last.
+        device: where the model is put; ``"meta"`` for shapes only.
+        dtype: of floating weights; None is torch's default, ``"file"`` keeps the checkpoint's and maps it uncopied.
+        revision, cache_dir, token, local_files_only: as in huggingface_hub.
+        allow_pickle: let `checkpoint` be a pickle, read with ``weights_only=True``.
+        check_finite: refuse weights with NaN or infinity.
+        config_overrides: fields of the model's config.
+
+    Returns:
+        the model, in evaluation mode if it has trained weights, else in training mode.
+
+    Raises:
+        UnknownNameError: no such model, or it has no weights; the nearest that exist are named.
+        ConfigError: a field is unknown or its value is not allowed.
+        WeightsError, HubError: the weights cannot be had or do not fit.
+    """
+    given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    overrides = {**config_overrides, **{key: value for key, value in given.items() if value is not None}}
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    on_meta = device is not None and torch.device(device).type == "meta"
+    if isinstance(dtype, str) and dtype != "file":
+        raise ConfigError(f"dtype: found {dtype!r}; allowed: a torch.dtype, None, or 'file'")
+
+    loaded: Checkpoint | None = None
+    if str(name).startswith(_SOURCES):
+        loaded = read_checkpoint(name, **options)  # type: ignore[arg-type]
+        model_class, config = loaded.model_class, loaded.config
+        if pretrained is False:
+            loaded = None
+    else:
+        architecture, _, tag = str(name).partition(".")
+        model_class, config = find_model(architecture)
+        if pretrained and checkpoint is None:
+            loaded = _from_catalog(find_weights(architecture, tag or None), model_class, config, options)
+            config = loaded.config
+        elif tag:
+            find_weights(architecture, tag)  # a misspelt tag is an error, with or without weights
+    if checkpoint is not None:
+        loaded = read_checkpoint(checkpoint, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
+
+    config = config.replace(**overrides)
+    if loaded is None or on_meta:
+        with torch.device(device or "cpu"):
+            model = model_class(config)
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)
+    else:
+        with torch.device("meta"):
+            model = model_class(config)
+        known = loaded.config is not None and hasattr(config, "num_classes")
+        new_head = known and loaded.config.num_classes != config.num_classes
+        fill(model, loaded, new_head=new_head, dtype=dtype, check_finite=check_finite)
+        model.to(device or "cpu").eval()
+    if not features_only:
+        return model
+    if not isinstance(model, ImageModel):
+        raise ConfigError(f"features_only: {type(model).__name__} has no feature maps; leave it out")
+    return FeatureExtractor(model, out_indices)
+
+
+def load_pretrained(
+    model: Model,
+    source: str | Path,
+    *,
+    new_head: bool = False,
+    allow_pickle: bool = False,
+    check_finite: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """Fills a model that stands from ``hf-hub:…``, ``local-dir:…``, a file, or a catalogue's ``name.tag``.
+
+    Its parameters are overwritten in place: they keep dtype and device, and optimisers keep seeing them.
+
+    Args:
+        new_head: leave the checkpoint's classifier out; the model's own stays.
+        allow_pickle, check_finite, revision, cache_dir, token, local_files_only: as in `create_model`.
+
+    Returns:
+        the same model.
+
+    Raises:
+        WeightsError: a key is missing, unexpected or misshapen; the model is then unchanged.
+    """
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    architecture, _, tag = str(source).partition(".")
+    if architecture in model_names() and not Path(source).exists():
+        model_class, config = find_model(architecture)
+        loaded = _from_catalog(find_weights(architecture, tag or None), model_class, config, options)
+    else:
+        loaded = read_checkpoint(source, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
+    if loaded.model_class not in (None, type(model)):
+        raise WeightsError(f"{source}: holds a {loaded.model_class.__name__}; this model is a {type(model).__name__}")
+    fill(model, loaded, new_head=new_head, check_finite=check_finite)
+    return model
+
+
+def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[str, Any]) -> Checkpoint:
+    """The weights of a catalogue entry; only the file is fetched, since the catalogue knows the rest."""
+    from .weights.files import read_tensors
+    from .weights.hub import HubRepo
+
+    if entry.bundled_folder is not None:
+        loaded = read_checkpoint(entry.bundled_folder)
+        loaded.source = entry.full_name
+        return loaded
+    repo = HubRepo.parse(entry.source.removeprefix("hf-hub:"), **options)
+    path = repo.file("model.safetensors", sha256=entry.sha256)
+    assert path is not None
+    info = {**entry.info, "license": entry.license, "source": entry.source}
+    config = config.replace(**entry.overrides)
+    return Checkpoint(entry.full_name, read_tensors(path), entry.format, model_class, config, info)
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False, family: str | None = None) -> list[str]:
+    """Registered names, sorted.
+
+    Args:
+        pattern: with ``*`` and ``?``, or a plain piece of the name.
+        pretrained: instead the ``name.tag`` of all weights.
+        family: only this family, for instance ``"vit"``.
+
+    Raises:
+        UnknownNameError: there is no such family.
+    """
+    wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    names = [name for name in model_names(family) if fnmatchcase(name, wildcard) or pretrained]
+    if not pretrained:
+        return names
+    tagged = [entry.full_name for name in names for entry in weights_of(name)]
+    return [full for full in tagged if fnmatchcase(full, wildcard) or fnmatchcase(full.partition(".")[0], wildcard)]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `model_info` tells.
+
+    Attributes:
+        name, family, model: the registered name, its family, and the class.
+        parameters: how many.
+        multiply_adds: of one input, matrix products and convolutions, attention included.
+        activations: numbers that convolutions and linear layers put out for one input.
+        input_size: (channels, height, width) of an image, or (tokens,) of a text.
+        config: plain values.
+        weights: the catalogue's entries, the default first.
+    """
+
+    name: str
+    family: str
+    model: str
+    parameters: int
+    multiply_adds: int
+    activations: int
+    input_size: tuple[int, ...]
+    config: dict[str, Any]
+    weights: tuple[Weights, ...]
+
+
+def model_info(name: str) -> ModelInfo:
+    """Facts about a registered name, counted on the meta device: nothing is allocated or fetched.
+
+    Raises:
+        UnknownNameError: no model has the name.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    architecture = name.partition(".")[0]
+    with torch.device("meta"):
+        model = create_model(name, device="meta").eval()
+        if isinstance(model, ImageModel):
+            side = model.config.img_size
+            input_size: tuple[int, ...] = (model.config.in_chans, *((side, side) if isinstance(side, int) else side))
+            inputs = torch.empty(1, *input_size)
+        else:
+            input_size = (model.context,)
+            inputs = torch.zeros(1, *input_size, dtype=torch.long)
+        activations = 0
+
+        def count(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            nonlocal activations
+            activations += output.numel()
+
+        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(inputs)
+        for hook in hooks:
+            hook.remove()
+    return ModelInfo(
+        name=architecture,
+        family=family_of(architecture),
+        model=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=counter.get_total_flops() // 2,
+        activations=activations,
+        input_size=input_size,
+        config=model.config.to_dict(),
+        weights=tuple(weights_of(architecture)),
+    )

@@ -1,0 +1,78 @@
+"""Which weights there are: `name.tag` to where they lie, in which form, under which licence."""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnknownNameError, nearest
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One entry of the catalogue.
+
+    Attributes:
+        name, tag: ``create_model("name.tag", pretrained=True)``; the first tag of a name is its default.
+        source: ``hf-hub:user/name``, or ``bundled`` for what the package brings along.
+        format: whose key names the file has.
+        license: as its publisher states it.
+        overrides: what differs from the registered config, for instance the number of classes.
+        info: labels and preprocessing.
+        sha256: of the file, where it is known.
+    """
+
+    name: str
+    tag: str
+    source: str
+    format: str
+    license: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}.{self.tag}"
+
+    @property
+    def bundled_folder(self) -> Path | None:
+        """Where it lies inside the package, None if it does not."""
+        return BUNDLED / self.full_name if self.source == "bundled" else None
+
+
+def weights_of(name: str) -> list[Weights]:
+    """The entries of one architecture, the default first; an empty list if it has none."""
+    return [Weights(name, tag, **entry) for tag, entry in _catalog().get(name, {}).items()]
+
+
+def names_with_weights() -> list[str]:
+    """The architectures for which there is any entry."""
+    return sorted(_catalog())
+
+
+def find_weights(name: str, tag: str | None) -> Weights:
+    """The entry of a name and a tag, the default if no tag is given.
+
+    Raises:
+        UnknownNameError: the architecture has no weights, or none of this tag; the nearest that exist are listed.
+    """
+    entries = {entry.tag: entry for entry in weights_of(name)}
+    if not entries:
+        raise UnknownNameError(
+            f"no weights of {name!r} exist anywhere{nearest(name, names_with_weights())} "
+            "(patchlib.list_models(pretrained=True) lists what has weights; pretrained=False gives a random model)"
+        )
+    if tag is None:
+        return next(iter(entries.values()))
+    if tag not in entries:
+        raise UnknownNameError(f"no weights of {name!r} have the tag {tag!r}{nearest(tag, entries)}")
+    return entries[tag]
+
+
+@cache
+def _catalog() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads((Path(__file__).parent / "catalog.json").read_text())

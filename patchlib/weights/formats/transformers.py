@@ -1,0 +1,133 @@
+"""Checkpoints of Hugging Face transformers: `config.json` with "model_type", and its key names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import WeightsError, nearest
+from ...registry import find_model_class
+from .table import CONCAT_3, Rule, Table
+
+
+def _vit(prefix: str, head: str = "classifier") -> Table:
+    layer = f"{prefix}encoder.layer.{{i}}."
+    qkv = tuple(f"{layer}attention.attention.{name}.{{p}}" for name in ("query", "key", "value"))
+    return Table(
+        (
+            Rule("cls_token", f"{prefix}embeddings.cls_token"),
+            Rule("dist_token", f"{prefix}embeddings.distillation_token"),
+            Rule("pos_embed.table", f"{prefix}embeddings.position_embeddings"),
+            Rule("patch_embed.proj.{p}", f"{prefix}embeddings.patch_embeddings.projection.{{p}}"),
+            Rule("blocks.{i}.norm1.{p}", f"{layer}layernorm_before.{{p}}"),
+            Rule("blocks.{i}.attn.qkv.{p}", qkv, CONCAT_3),
+            Rule("blocks.{i}.attn.proj.{p}", f"{layer}attention.output.dense.{{p}}"),
+            Rule("blocks.{i}.norm2.{p}", f"{layer}layernorm_after.{{p}}"),
+            Rule("blocks.{i}.mlp.fc1.{p}", f"{layer}intermediate.dense.{{p}}"),
+            Rule("blocks.{i}.mlp.fc2.{p}", f"{layer}output.dense.{{p}}"),
+            Rule("norm.{p}", f"{prefix}layernorm.{{p}}"),
+            Rule("head.fc.{p}", f"{head}.{{p}}"),
+            Rule("head.fc_dist.{p}", "distillation_classifier.{p}"),
+        ),
+        ignored=rf"{prefix}(pooler\..*|embeddings\.mask_token)",
+    )
+
+
+TABLES: dict[str, tuple[Table, ...]] = {
+    "ViT": (_vit("vit."), _vit(""), _vit("deit.", "cls_classifier")),
+}
+
+
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return isinstance(content.get("model_type"), str)
+
+
+def tables(model: Any) -> tuple[Table, ...]:
+    """Key tables of a model: one for each way its files are named."""
+    return TABLES.get(type(model).__name__, ())
+
+
+def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Class, config and info from a config.json.
+
+    Raises:
+        WeightsError: the model type, or a value, is one that patchlib does not have.
+    """
+    kind = content["model_type"]
+    if kind not in _CONFIGS:
+        raise WeightsError(f"field 'model_type': found {kind!r}{nearest(kind, _CONFIGS)}")
+    class_name, fields = _CONFIGS[kind](content)
+    labels = content.get("id2label")
+    info: dict[str, Any] = {}
+    if isinstance(labels, Mapping) and labels and not str(next(iter(labels.values()))).startswith("LABEL_"):
+        info["labels"] = [labels[key] for key in sorted(labels, key=int)]
+    model_class = find_model_class(class_name)
+    return model_class, model_class.Config().replace(**fields), info
+
+
+def _vit_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    dim = content.get("hidden_size", 768)
+    if not isinstance(dim, int) or dim < 1:
+        raise WeightsError(f"field 'hidden_size': found {dim!r}; allowed: a positive integer")
+    distilled = any("WithTeacher" in str(name) for name in content.get("architectures") or ())
+    if content["model_type"] == "deit" and not distilled:
+        raise WeightsError(
+            "field 'architectures': patchlib reads DeiT with both of its classifiers "
+            "('DeiTForImageClassificationWithTeacher'); other DeiT heads it does not have"
+        )
+    headless = all(str(name).endswith("Model") for name in content.get("architectures") or ("Model",))
+    return "ViT", {
+        "dim": dim,
+        "depth": content.get("num_hidden_layers", 12),
+        "heads": content.get("num_attention_heads", 12),
+        "patch_size": content.get("patch_size", 16),
+        "img_size": content.get("image_size", 224),
+        "in_chans": content.get("num_channels", 3),
+        "num_classes": 0 if headless else num_labels(content),
+        "tokens": {"class": 1, "distill": int(distilled)},
+        "attention": {"qkv_bias": content.get("qkv_bias", True)},
+        "mlp": {**activation(content), "ratio": content.get("intermediate_size", 3072) / dim},
+        "norm": {"kind": "layer", "eps": content.get("layer_norm_eps", 1e-12)},
+    }
+
+
+def activation(content: Mapping[str, Any], field: str = "hidden_act") -> dict[str, Any]:
+    """The MLP that a config.json's activation means."""
+    forms = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+    name = content.get(field, "gelu")
+    if name not in forms:
+        raise WeightsError(f"field {field!r}: found {name!r}{nearest(str(name), forms)}")
+    return {"kind": "gelu", "approximate": forms[name]}
+
+
+def num_labels(content: Mapping[str, Any]) -> int:
+    """How many classes a config.json has: the length of its table of labels, 2 if it has none."""
+    labels = content.get("id2label")
+    return len(labels) if isinstance(labels, Mapping) else int(content.get("num_labels", 2))
+
+
+_CONFIGS = {"vit": _vit_fields, "deit": _vit_fields}
+
+
+def preprocessing(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Our preprocessing from a preprocessor_config.json: what stands there, in timm's terms."""
+    resample = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    spec: dict[str, Any] = {}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if isinstance(content.get(theirs), list):
+            spec[ours] = content[theirs]
+    size = content.get("crop_size") if content.get("do_center_crop") else content.get("size")
+    if isinstance(size, Mapping):
+        size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else size.get("shortest_edge")
+    if isinstance(size, int):
+        size = [size, size]
+    if isinstance(size, list) and len(size) == 2:
+        spec["input_size"] = [len(spec.get("mean", (0, 0, 0))), *size]
+        edge = content.get("size")
+        edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, Mapping) else edge
+        if content.get("do_center_crop") and isinstance(edge, int):
+            spec |= {"crop_pct": size[0] / edge, "crop_mode": "center"}
+        else:
+            spec |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    if content.get("resample") in resample:
+        spec["interpolation"] = resample[content["resample"]]
+    return spec

@@ -1,0 +1,95 @@
+"""From a model to a folder, a file, or the Hub."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError, nearest
+from ..models.base import Model
+from . import files, hub
+from .card import model_card
+from .formats import patchlib, timm
+from .load import targets
+
+SAVED_FORMATS = {"patchlib": patchlib, "timm": timm}
+
+
+def save_pretrained(
+    model: Model, folder: str | Path, *, format: str = "patchlib", dtype: torch.dtype | None = None
+) -> Path:
+    """Writes ``config.json`` and ``model.safetensors``, from which the model is rebuilt without code.
+
+    Each file is written beside the old one and renamed, so a crash leaves the old one whole.
+
+    Args:
+        model: any model of patchlib; for ``features_only=True`` models, what they wrap is saved.
+        folder: created if need be.
+        format: ``"patchlib"``, or ``"timm"`` for a folder that timm itself loads.
+        dtype: of floating weights on disk, the model's own if left out; batch norms stay in float32.
+
+    Returns:
+        the folder.
+
+    Raises:
+        WeightsError: the format cannot express this model, or weights are missing (meta device).
+    """
+    model = getattr(model, "model", model)
+    if format not in SAVED_FORMATS:
+        raise WeightsError(f"format: found {format!r}{nearest(format, SAVED_FORMATS)}")
+    form = SAVED_FORMATS[format]
+    tensors = targets(model)
+    if meta := [name for name, t in tensors.items() if t.is_meta]:
+        raise WeightsError(f"{type(model).__name__} has no weights yet (meta device): {', '.join(meta[:3])}, …")
+    content = json.dumps(form.from_model(model), indent=2, allow_nan=False)
+    exact = _batch_norm_names(model)
+    tensors = {name: _stored(t, None if name in exact else dtype, name in exact) for name, t in tensors.items()}
+    if format == "timm":
+        tensors = timm.tables(model)[0].to_theirs(timm.conv_patches(model, tensors))
+    folder = Path(folder)
+    files.write_tensors(folder / "model.safetensors", tensors)
+    files.write_text(folder / "config.json", content + "\n")
+    return folder
+
+
+def push_to_hub(
+    model: Model,
+    repo_id: str,
+    *,
+    format: str = "patchlib",
+    dtype: torch.dtype | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload a patchlib model",
+) -> str:
+    """Uploads a model with a card to a Hub repository, which is created if it does not exist.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        HubError: the Hub refuses or does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, format=format, dtype=dtype)
+        files.write_text(Path(folder) / "README.md", model_card(model, repo_id))
+        return hub.push_folder(folder, repo_id, token=token, private=private, revision=revision, message=message)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None, exact: bool) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    return tensor.detach().to(torch.float32 if exact else dtype or tensor.dtype)
+
+
+def _batch_norm_names(model: nn.Module) -> set[str]:
+    """Weights and statistics of batch norms: few, and half precision would shift every output."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name in module.state_dict()
+    }
