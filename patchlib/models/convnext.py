@@ -16,6 +16,7 @@ from ..config import (
     MAX_DEPTH,
     MAX_DIM,
     BaseConfig,
+    block_spec,
     flag,
     integer,
     integers,
@@ -45,7 +46,8 @@ class ConvNeXtConfig(BaseConfig):
         grn: V2's response normalisation in each block.
         layer_scale: start value of V1's learned factor a channel on each branch, None for none.
         norm: of the stem, the blocks, between stages and at the end.
-        pool: kind and options; ``norm: True`` puts the final norm after the pooling, ``False`` before.
+        pool: kind and options; ``norm: True`` puts the final norm after the pooling, ``False`` before; a kind and
+            options, for instance ``{"kind": "layer", "eps": 1e-12}``, say that it follows and is another than `norm`.
         drop: probability of dropout before the classifier.
         drop_path: stochastic depth of the last block; it grows linearly from 0.
     """
@@ -74,6 +76,14 @@ class ConvNeXtConfig(BaseConfig):
             )
         if sum(self.depths) > MAX_DEPTH:
             raise ConfigError(f"{name}.depths: found {sum(self.depths)} blocks in all; allowed: at most {MAX_DEPTH}")
+        if not isinstance(self.pool.get("norm", True), bool):
+            block_spec("norm", f"{name}.pool.norm", self.pool["norm"])
+
+    @property
+    def head_norm(self) -> dict[str, Any] | None:
+        """Kind and options of the norm after the pooling, None if the final norm stands before it."""
+        norm = self.pool.get("norm", True)
+        return norm if isinstance(norm, dict) else self.norm if norm else None
 
 
 class ConvNeXtStage(nn.Module):
@@ -143,19 +153,14 @@ class ConvNeXt(ImageModel):
             )
             for before, dim, depth in zip((None, *dims), dims, config.depths, strict=False)
         )  # fmt: skip
-        self.norm = nn.Identity() if self._norm_in_head else build_block("norm", config.norm, dims[-1])
+        self.norm = build_block("norm", config.norm, dims[-1]) if config.head_norm is None else nn.Identity()
         self.head = self._make_head()
         self.init_weights()
-
-    @property
-    def _norm_in_head(self) -> bool:
-        return self.config.pool.get("norm", True)
 
     def _make_head(self) -> Head:
         config = self.config
         pool = {key: value for key, value in config.pool.items() if key != "norm"}
-        norm = config.norm if self._norm_in_head else None
-        return Head(config.dims[-1], config.num_classes, pool=pool, norm=norm, drop=config.drop)
+        return Head(config.dims[-1], config.num_classes, pool=pool, norm=config.head_norm, drop=config.drop)
 
     @property
     def steps(self) -> list[nn.Module]:
@@ -197,7 +202,7 @@ class ConvNeXt(ImageModel):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for other classes, freshly initialised; 0 for none. The norm before it stays."""
         norm = self.head.norm
-        pool: Any = {"kind": global_pool, "norm": self._norm_in_head} if global_pool else None
+        pool: Any = {"kind": global_pool, "norm": self.config.pool.get("norm", True)} if global_pool else None
         super().reset_classifier(num_classes, pool)
         self.head.norm = norm
 

@@ -4,9 +4,8 @@
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..config import MAX_CLASSES, MAX_DEPTH, MAX_DIM, BaseConfig, integer, kind, number
 from ..errors import ConfigError, InputError
 from ..layers.attention import Attention
+from ..layers.token_image import check_ids
 from ..registry import build_block
 from .base import LanguageModel
 
@@ -50,16 +50,15 @@ class GPTConfig(BaseConfig):
 class KeyValues:
     """The keys and values of one layer for all tokens read so far, in a buffer that doubles when it is full."""
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, batch: int) -> None:
+        self.batch, self.length = batch, 0
         self.buffer: Tensor | None = None  # (2, batch, heads, room, head_dim)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds ``(batch, heads, new, head_dim)``; returns all, ``(batch, heads, length, head_dim)`` each."""
         start, self.length = self.length, self.length + keys.shape[2]
         if self.buffer is None or self.length > self.buffer.shape[3]:
-            batch, heads, _, head_dim = keys.shape
-            grown = keys.new_empty(2, batch, heads, max(64, 2 * self.length), head_dim)
+            grown = keys.new_empty(2, *keys.shape[:2], max(64, 2 * self.length), keys.shape[3])
             if self.buffer is not None:
                 grown[:, :, :, :start] = self.buffer[:, :, :, :start]
             self.buffer = grown
@@ -115,8 +114,8 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """Token ids ``(batch, T)``, ``T <= context``, to logits ``(batch, T, vocab_size)`` of each next token.
 
-    ``GPT(dim=192, depth=6, heads=6)``, ``GPT(config)`` and ``GPT(config, depth=6)`` all work. The head's weight is
-    the token embedding's: one Parameter.
+    The head is the token embedding. ``GPT(dim=192, depth=6, heads=6)``, ``GPT(config)`` and ``GPT(config, depth=6)``
+    all work.
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
@@ -134,36 +133,32 @@ class GPT(LanguageModel):
         self.drop = nn.Dropout(config.drop)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = build_block("norm", config.norm, config.dim)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_load_state_dict_post_hook(_tie_loaded)
-        self.tie_weights()
         self.init_weights()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Raises `InputError` for ids of another shape, more of them than `context`, or, in eager mode on the CPU,
-        outside the vocabulary."""
-        return self.head(self._read(ids))
+        """Raises `InputError` for more than `context` tokens, or ids outside the vocabulary."""
+        return self._head(self._read(ids))
 
     def next_logits(self, ids: Tensor) -> Tensor:
-        return self.head(self._read(ids)[:, -1])
+        return self._head(self._read(ids)[:, -1])
 
     def start(self, ids: Tensor) -> tuple[Tensor, Cache]:
         """Reads a prompt ``(batch, T)``: logits of the next token, ``(batch, vocab_size)``, and a cache for `step`."""
-        cache = [KeyValues() for _ in self.blocks]
-        return self.head(self._read(ids, cache)[:, -1]), cache
+        cache = [KeyValues(len(ids)) for _ in self.blocks]
+        return self._head(self._read(ids, cache)[:, -1]), cache
 
     def step(self, ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Reads one more token ``(batch, 1)``: what `start` returns. The cache is changed in place.
 
         Raises:
-            InputError: there is not one token a sample, or the cache holds `context` tokens already.
+            InputError: the batch is not the cache's, or that holds `context` tokens already.
         """
-        if ids.dim() != 2 or ids.shape[1] != 1:
-            raise InputError(f"ids: found shape {tuple(ids.shape)}; step takes (batch, 1)")
-        return self.head(self._read(ids, cache)[:, -1]), cache
-
-    def tie_weights(self) -> None:
-        self.head.weight = self.token_embed.weight
+        batch = cache[0].batch
+        if ids.shape != (batch, 1):
+            raise InputError(f"ids: found {tuple(ids.shape)}; allowed: {(batch, 1)}, one token for each of the cache's")
+        if cache[0].length >= self.context:
+            raise InputError(f"cache: holds {self.context} tokens, all that the model can read; start with the newest")
+        return self._head(self._read(ids, cache)[:, -1]), cache
 
     def _read(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """Ids that follow what the cache holds to normed features, ``(batch, T, dim)``."""
@@ -174,6 +169,9 @@ class GPT(LanguageModel):
             x = block(x, cache[i] if cache else None)
         return self.norm(x)
 
+    def _head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.token_embed.weight)
+
     def _init_module(self, module: nn.Module) -> None:
         """Normal of 0.02, zero biases; less for the ends of branches, so that their sum does not grow with depth."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -181,32 +179,6 @@ class GPT(LanguageModel):
             nn.init.normal_(module.weight, std=0.02 * (2 * self.config.depth) ** -0.5 if ends_branch else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.tie_weights()  # some conversions, such as to_empty, make a new Parameter at each place
-        return self
-
-
-def _tie_loaded(model: GPT, _: Any) -> None:
-    model.tie_weights()  # load_state_dict(assign=True) puts two Parameters there
-
-
-def check_ids(ids: Tensor, vocab_size: int, room: int) -> None:
-    """Raises `InputError` unless `ids` is ``(batch, T)`` of integers, ``1 <= T <= room``, and, in eager mode on the
-    CPU, all lie in the vocabulary."""
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"ids: found {ids.dtype} of shape {tuple(ids.shape)}; allowed: integers (batch, T)")
-    if not 1 <= ids.shape[1] <= room:
-        raise InputError(f"ids: found {ids.shape[1]} tokens; allowed: 1 to {room} (keep the newest)")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (ids < 0) | (ids >= vocab_size)
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            raise InputError(
-                f"ids[{row}, {column}]: found {ids[row, column].item()}; allowed: 0 to {vocab_size - 1}, "
-                "the model's vocabulary; use the tokenizer that it was trained with"
-            )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -318,7 +318,7 @@ def _reason(error: BaseException | None, revision: str) -> str:
     """Why the Hub's client failed, and what helps."""
     from huggingface_hub import errors
 
-    login = "pass a token that may read it, or log in with `hf auth login`"
+    login = "pass a token that may do this, or log in with `hf auth login`"
     match error:
         case errors.GatedRepoError():
             return f"the repository is gated; accept its licence on the Hub, then {login}"
@@ -331,7 +331,7 @@ def _reason(error: BaseException | None, revision: str) -> str:
         case errors.OfflineModeIsEnabled():
             return "no sound copy is in the cache, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
-            return f"the Hub refuses access ({error.response.status_code}); pass a token that may do this, or log in with `hf auth login`"
+            return f"the Hub refuses access ({error.response.status_code}); {login}"
         case errors.HfHubHTTPError():
             return f"the Hub answers {error.response.status_code}; try again later"
         case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:

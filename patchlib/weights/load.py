@@ -79,9 +79,7 @@ def read_checkpoint(
     if text.startswith("local-dir:"):
         raise WeightsError(f"{text}: there is no folder {path}")
     if not path.exists():
-        raise WeightsError(
-            f"{text}: no such file; a source is a file, 'local-dir:folder' or 'hf-hub:user/name'"
-        )
+        raise WeightsError(f"{text}: no such file; a source is a file, 'local-dir:folder' or 'hf-hub:user/name'")
     return Checkpoint(text, files.read_tensors(path, allow_pickle=allow_pickle))
 
 

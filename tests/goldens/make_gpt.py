@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 
 TARGET = Path(__file__).parent / "gpt" / "transformers.safetensors"
-SIZES = {"vocab_size": 97, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4}
+SIZES = {"vocab_size": 97, "n_positions": 32, "n_embd": 24, "n_layer": 4, "n_head": 4}
 PENALTIES = {"1.0": 1.0, "1.3": 1.3}
 FILTERS = {
     "temperature": {"temperature": 0.7},
@@ -44,7 +44,7 @@ def redraw(model: torch.nn.Module) -> None:
         elif name.endswith("bias"):
             value.normal_(std=0.3)
         else:
-            value.normal_(std=0.4)
+            value.normal_(std=0.6)
 
 
 def filtered(logits: torch.Tensor, ids: torch.Tensor, options: dict) -> torch.Tensor:

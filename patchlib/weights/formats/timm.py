@@ -48,7 +48,7 @@ _ARGUMENTS: dict[str, Any] = {
     "class_token": lambda v: {"tokens": {"class": int(v)}},
     "reg_tokens": lambda v: {"tokens": {"register": v}},
     "no_embed_class": lambda v: {"pos_embed": {"covers_prefix": not v}},
-    "global_pool": lambda v: {"pool": {"kind": {"token": "class", "avg": "avg"}[v], "norm": v == "avg"}},
+    "global_pool": lambda v: {"pool": {"kind": {"token": "class", "avg": "avg"}[v]}},
     "fc_norm": lambda v: {"pool": {"norm": v}},
     "drop_rate": lambda v: {"drop": v},
     "drop_path_rate": lambda v: {"drop_path": v},
@@ -87,10 +87,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     classes = content.get("num_classes", details.get("num_classes"))
     if classes is not None:
         config = config.replace(num_classes=classes)
-    for key, value in (content.get("model_args") or {}).items():
-        if key not in _ARGUMENTS:
-            raise WeightsError(f"field 'model_args.{key}': patchlib cannot carry it over{nearest(key, _ARGUMENTS)}")
-        config = config.replace(**_ARGUMENTS[key](value))
+    config = _with_arguments(config, content.get("model_args") or {})
     info: dict[str, Any] = {"preprocessing": {key: details[key] for key in _PREPROCESSING if key in details}}
     if "license" in details:
         info["license"] = details["license"]
@@ -100,6 +97,20 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     return model_class, config, info
 
 
+def _with_arguments(config: Any, arguments: Mapping[str, Any]) -> Any:
+    """Our config, changed as arguments of timm's constructor say."""
+    overrides: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key not in _ARGUMENTS:
+            raise WeightsError(f"field 'model_args.{key}': patchlib cannot carry it over{nearest(key, _ARGUMENTS)}")
+        for field, change in _ARGUMENTS[key](value).items():
+            overrides[field] = {**overrides.get(field, {}), **change} if isinstance(change, dict) else change
+    pool = overrides.get("pool", {})
+    if pool.get("kind") == "avg" != config.pool["kind"]:
+        overrides["pool"] = {"norm": True, **pool}  # where timm is not told of fc_norm, averages are normed after
+    return config.replace(**overrides)
+
+
 def from_model(model: Any) -> dict[str, Any]:
     """A config.json that timm reads: a base architecture, and every argument in which this model differs.
 
@@ -107,39 +118,27 @@ def from_model(model: Any) -> dict[str, Any]:
         WeightsError: the model has something that timm's has not.
     """
     config = model.config
-    if type(model).__name__ == "ViT":
-        architecture, arguments = _vit_arguments(config)
-    elif type(model).__name__ == "ConvMixer":
-        architecture = "convmixer_768_32" if config.act == "relu" else "convmixer_1536_20"
-        arguments = {key: getattr(config, key) for key in ("dim", "depth", "kernel_size", "patch_size")}
-    else:
+    if type(model).__name__ not in _EXPORTS:
         raise WeightsError(f"format 'timm': timm has no {type(model).__name__}; use format='patchlib'")
-    _, base = find_model(architecture)
-    carried: dict[str, Any] = {
-        "in_chans": config.in_chans,
-        "img_size": config.img_size,
-        "num_classes": config.num_classes,
-    }
-    rebuilt = base.replace(**carried)
-    for key, value in arguments.items():
-        rebuilt = rebuilt.replace(**_ARGUMENTS[key](value))
-    free = {"drop": config.drop, "drop_path": config.drop_path}  # they hold no weights and act in training only
-    wanted, rebuilt = config.replace(**_without_form(config)), rebuilt.replace(**_without_form(rebuilt), **free)
-    if rebuilt != wanted:
-        differing = [key for key, value in wanted.to_dict().items() if value != getattr(rebuilt, key)]
-        raise WeightsError(f"format 'timm': timm's {architecture} has no such {', '.join(differing)}; use 'patchlib'")
+    architecture, arguments = _EXPORTS[type(model).__name__](config)
+    _, rebuilt = find_model(architecture)
+    rebuilt = rebuilt.replace(in_chans=config.in_chans, img_size=config.img_size, num_classes=config.num_classes)
+    rebuilt = _with_arguments(rebuilt, arguments)
+    ours, theirs = _weights_of(config), _weights_of(rebuilt)
+    if differing := [key for key in ours if ours[key] != theirs[key]]:
+        raise WeightsError(
+            f"format 'timm': timm's {architecture} differs in {', '.join(differing)} and takes no argument for it; "
+            "use format='patchlib'"
+        )
     height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
     details = {"input_size": [config.in_chans, height, width], "num_classes": config.num_classes}
     details |= {k: v for k, v in model.info.get("preprocessing", {}).items() if k in _PREPROCESSING[1:]}
     if "license" in model.info:
         details["license"] = model.info["license"]
     content = {"architecture": architecture, "num_classes": config.num_classes, "pretrained_cfg": details}
-    content["model_args"] = (
-        arguments if type(model).__name__ == "ConvMixer" else {**arguments, "img_size": config.img_size}
-    )
     if isinstance(model.info.get("labels"), (list, tuple)):
         content["label_names"] = list(model.info["labels"])
-    return content
+    return content | {"model_args": arguments}
 
 
 def conv_patches(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,9 +149,8 @@ def conv_patches(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _vit_arguments(config: Any) -> tuple[str, dict[str, Any]]:
-    distilled = config.tokens["distill"]
-    positions = config.pos_embed or {}
-    return "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224", {
+    arguments = {
+        "img_size": config.img_size,
         "patch_size": config.patch_size,
         "embed_dim": config.dim,
         "depth": config.depth,
@@ -160,24 +158,34 @@ def _vit_arguments(config: Any) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": config.mlp.get("ratio", 4.0),
         "qkv_bias": config.attention["qkv_bias"],
         "init_values": config.layer_scale,
-        **({} if distilled else {"class_token": bool(config.tokens["class"]), "reg_tokens": config.tokens["register"]}),
-        "no_embed_class": not positions.get("covers_prefix", True),
+        "no_embed_class": not (config.pos_embed or {}).get("covers_prefix", True),
+    }
+    if config.tokens["distill"]:
+        return "deit_base_distilled_patch16_224", arguments
+    return "vit_base_patch16_224", arguments | {
+        "class_token": bool(config.tokens["class"]),
+        "reg_tokens": config.tokens["register"],
         "global_pool": {"class": "token"}.get(config.pool["kind"], "avg"),
         "fc_norm": bool(config.pool.get("norm")),
     }
 
 
-def _without_form(config: Any) -> dict[str, Any]:
-    """Linear and conv patches are one function; without prefix tokens it says nothing whether positions cover them."""
-    same: dict[str, Any] = {}
-    if config.patch_embed["kind"] in ("linear", "conv"):
-        same["patch_embed"] = {**config.patch_embed, "kind": "conv"}
-        if same["patch_embed"].get("remainder") in ("error", "drop"):
-            del same["patch_embed"]["remainder"]
-    if "pos_embed" in config.to_dict() and not config.prefix and config.pos_embed:
-        same["pos_embed"] = {**config.pos_embed, "covers_prefix": True}
-    if "mlp" in config.to_dict() and config.mlp["kind"] == "gelu":
-        same["mlp"] = {"kind": "gelu", "ratio": config.mlp.get("ratio", 4.0)} | {
-            key: value for key, value in config.mlp.items() if key == "approximate" and value != "none"
-        }
-    return same
+def _convmixer_arguments(config: Any) -> tuple[str, dict[str, Any]]:
+    sizes = {"convmixer_768_32": 768, "convmixer_1024_20_ks9_p14": 1024, "convmixer_1536_20": 1536}
+    return next((name for name, dim in sizes.items() if dim == config.dim), "convmixer_768_32"), {}
+
+
+_EXPORTS: dict[str, Any] = {"ViT": _vit_arguments, "ConvMixer": _convmixer_arguments}
+
+
+def _weights_of(config: Any) -> dict[str, Any]:
+    """What of a config shapes weights or outputs in evaluation, with one spelling for equal things."""
+    fields = config.replace(drop=0.0, drop_path=0.0).to_dict()
+    if config.patch_embed["kind"] in ("linear", "conv"):  # one function
+        fields["patch_embed"] = {"stride": config.patch_embed.get("stride")}
+    fields["pool"] = {"norm": False, **config.pool}
+    if fields.get("mlp"):
+        fields["mlp"] = {"approximate": "none", "ratio": 4.0, **config.mlp}
+    if fields.get("pos_embed") and not config.prefix:
+        fields["pos_embed"] = {**fields["pos_embed"], "covers_prefix": True}
+    return fields

@@ -1,0 +1,134 @@
+"""Convolution and normalisation in reading order: a cell sees the cells before it and itself, never one after it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops.depthwise import depthwise_conv2d
+from .convnext import ConvNeXtBlock
+from .grid import grid_to_nchw, nchw_to_grid, pair
+from .grn import GRN
+
+
+class CausalDepthwiseConv(nn.Module):
+    """A depthwise convolution masked in reading order: the rows of the kernel above the cell, and of the cell's own
+    row what lies left of it and itself (PixelCNN, van den Oord et al. 2016, https://arxiv.org/abs/1601.06759).
+
+    The rows are one line of tokens that is folded, so the kernel reads on where a row ends: left of a row's first cell
+    is the last one of the row above. Without that, PixelCNN's blind spot would hide the newest tokens from the first
+    cells of a row.
+
+    Args:
+        dim: channels.
+        kernel_size: side of the whole kernel, odd, or (height, width); its lower half is masked.
+        bias: whether a bias is added.
+
+    Shape: ``(batch, height, width, dim)`` to the same. ``weight`` is ``(dim, taps)``, the taps in reading order; a
+    masked tap has no parameter.
+    """
+
+    def __init__(self, dim: int, kernel_size: int | tuple[int, int] = 7, *, bias: bool = True) -> None:
+        super().__init__()
+        height, width = pair(kernel_size)
+        if height % 2 == 0 or width % 2 == 0:
+            raise ConfigError(f"kernel_size: found {kernel_size}; a causal kernel has odd sides")
+        self.rows, self.reach = height // 2, width // 2
+        self.weight = nn.Parameter(torch.empty(dim, self.rows * width + self.reach + 1))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's convolutions: uniform within ``1 / sqrt(taps)``."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        width, dim = grid.shape[2:]
+        line = F.pad(grid.flatten(1, 2), (0, 0, self.before(width), self.reach))
+        rows = line.unfold(1, width + 2 * self.reach, width).movedim(2, 3)  # each with its neighbours' ends
+        kernel = F.pad(self.weight, (0, self.reach)).view(dim, 1, self.rows + 1, 2 * self.reach + 1)
+        image = grid_to_nchw(rows.contiguous())
+        return nchw_to_grid(depthwise_conv2d(image, kernel, self.bias, padding=0))
+
+    def before(self, width: int) -> int:
+        """How many tokens before a cell the kernel reaches back, on a grid of this width."""
+        return self.rows * width + self.reach
+
+    def step(self, history: Tensor, width: int) -> Tensor:
+        """One cell's output.
+
+        Args:
+            history: ``(batch, before(width) + 1, dim)``, the newest cells, oldest first, with zeros before the first.
+            width: of the grid.
+
+        Returns:
+            ``(batch, dim)``.
+        """
+        starts = torch.arange(self.rows + 1, device=history.device)[:, None] * width
+        taps = (starts + torch.arange(2 * self.reach + 1, device=history.device)).flatten()[: self.weight.shape[1]]
+        mixed = torch.einsum("btd,dt->bd", history[:, taps], self.weight)
+        return mixed if self.bias is None else mixed + self.bias
+
+
+class CausalGRN(GRN):
+    """`GRN` whose strength at a cell is the norm over the cells up to it, in reading order."""
+
+    def strength(self, x: Tensor) -> Tensor:
+        return self.root(self.energy(x).cumsum(1)).view(x.shape)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Squares ``(batch, positions, dim)``, at least in float32."""
+        return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2).square()
+
+    def root(self, total: Tensor) -> Tensor:
+        """Norms from sums of squares; the bound keeps the gradient at zero finite."""
+        return total.clamp_min(self.eps**2).sqrt()
+
+
+class CausalConvNeXtBlock(ConvNeXtBlock):
+    """V2's `ConvNeXtBlock` in reading order.
+
+    `start` and `step`, for evaluation, run it token by token: their cache is the newest inputs that the kernel reaches
+    and the sum of squares that the norm needs, however long the text.
+
+    Args: as `ConvNeXtBlock`.
+
+    Shape: ``(batch, height, width, dim)`` to the same.
+    """
+
+    Depthwise = CausalDepthwiseConv
+    Response = CausalGRN
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int | tuple[int, int] = 7,
+        *,
+        ratio: float = 4.0,
+        norm: Mapping[str, Any] | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(dim, kernel_size, ratio=ratio, norm=norm, drop_path=drop_path)
+
+    def start(self, grid: Tensor, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What `forward` gives, and the cache after the first `count` cells."""
+        hidden = self.act(self.fc1(self.norm(self.depthwise(grid))))
+        reach = self.depthwise.before(grid.shape[2])
+        history = F.pad(grid.flatten(1, 2)[:, :count], (0, 0, reach, 0))[:, count:]
+        total = self.grn.energy(hidden.flatten(1, 2)[:, :count]).sum(1)
+        return grid + self.fc2(self.grn(hidden)), (history, total)
+
+    def step(self, x: Tensor, cache: tuple[Tensor, Tensor], width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The next cell ``(batch, dim)`` and the cache after it."""
+        history, total = cache
+        history = torch.cat([history, x[:, None]], dim=1)
+        hidden = self.act(self.fc1(self.norm(self.depthwise.step(history, width))))
+        total = total + self.grn.energy(hidden[:, None])[:, 0]
+        x = x + self.fc2(self.grn.respond(hidden, self.grn.root(total)))
+        return x, (history[:, 1:], total)

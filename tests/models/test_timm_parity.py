@@ -1,0 +1,160 @@
+"""The same numbers as timm, on goldens in which every parameter and buffer was redrawn (tests/goldens/make_timm.py)."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDENS
+from safetensors.torch import load_file
+
+import patchlib
+from patchlib.registry import find_model
+from patchlib.weights.formats import timm as timm_format
+from patchlib.weights.load import targets
+
+FOLDER = GOLDENS / "timm"
+VITS = ["vit", "vit_registers_avg", "vit_rectangular", "vit_gap", "deit_distilled", "deit3"]
+CONVMIXERS = {
+    "convmixer_gelu": {"dim": 24, "depth": 2, "kernel_size": 5, "patch_size": 4, "num_classes": 7, "act": "gelu"},
+    "convmixer_relu": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 5, "num_classes": 7, "act": "relu"},
+}
+
+
+def load(case, **overrides):
+    if case in CONVMIXERS:
+        file = FOLDER / case / "model.safetensors"
+        return patchlib.create_model("convmixer_16", checkpoint=file, **{**CONVMIXERS[case], **overrides})
+    return patchlib.create_model(f"local-dir:{FOLDER / case}", **overrides)
+
+
+def error(found, wanted):
+    """Largest difference over the largest value."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.fixture(params=[*VITS, *CONVMIXERS])
+def case(request):
+    return request.param
+
+
+@torch.no_grad()
+def test_every_output_is_timms(case):
+    model, answers = load(case), load_file(FOLDER / case / "answers.safetensors")
+    images = answers["images"]
+    features = model.forward_features(images)
+    assert error(model(images), answers["logits"]) < 1e-4
+    assert error(features, answers["features"]) < 1e-4
+    assert error(model.forward_head(features, pre_logits=True), answers["pre_logits"]) < 1e-4
+    _, maps = model.forward_intermediates(images)
+    assert len(maps) == sum(name.startswith("map") for name in answers) > 0
+    for i, found in enumerate(maps):
+        assert error(found, answers[f"map{i}"]) < 1e-4
+
+
+SABOTAGE = [
+    ("vit", {"norm": {"eps": 1e-1}}),
+    ("vit", {"mlp": {"kind": "swiglu"}}),
+    ("deit_distilled", {"norm": {"eps": 1e-1}}),
+    ("deit3", {"norm": {"eps": 1e-1}}),
+    ("convmixer_gelu", {"act": "relu"}),
+    ("convmixer_relu", {"act": "gelu"}),
+]
+
+
+@pytest.mark.parametrize(("case", "change"), [c for c in SABOTAGE if "mlp" not in c[1]])
+@torch.no_grad()
+def test_a_wrong_epsilon_or_activation_would_be_seen(case, change):
+    answers = load_file(FOLDER / case / "answers.safetensors")
+    assert error(load(case, **change)(answers["images"]), answers["logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["vit", "deit_distilled", "deit3"])
+@torch.no_grad()
+def test_the_tanh_form_of_gelu_would_be_seen(case):
+    """The two forms differ by less than 5e-4 at one point, and by ten tolerances at the end of a network."""
+    answers = load_file(FOLDER / case / "answers.safetensors")
+    model = load(case)
+    for block in model.blocks:
+        block.mlp.act = torch.nn.ReLU()
+    assert error(model(answers["images"]), answers["logits"]) > 1e-3
+
+
+@torch.no_grad()
+def test_a_missing_branch_would_be_seen(case):
+    answers = load_file(FOLDER / case / "answers.safetensors")
+    model = load(case)
+    block = model.blocks[1]
+    if case in CONVMIXERS:
+        block.depthwise.weight.zero_()
+        block.norm1.weight.zero_()
+    else:
+        block.attn.proj.weight.zero_()
+    assert error(model(answers["images"]), answers["logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["vit_gap", "deit3"])
+@torch.no_grad()
+def test_a_missing_layer_scale_would_be_seen(case):
+    answers = load_file(FOLDER / case / "answers.safetensors")
+    model = load(case)
+    model.blocks[0].ls2 = torch.nn.Identity()
+    assert error(model(answers["images"]), answers["logits"]) > 1e-3
+
+
+def test_shared_names_have_timms_keys_and_shapes():
+    """For each registered name that timm has too, on the meta device."""
+    digests = json.loads((FOLDER / "keys.json").read_text())
+    assert len(digests) >= 45
+    for name, wanted in digests.items():
+        model_class, config = find_model(name)
+        with torch.device("meta"):
+            model = model_class(config)
+        (table,) = timm_format.tables(model)
+        lines = sorted(f"{key} {tuple(t.shape)}" for key, t in table.to_theirs(targets(model)).items())
+        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == wanted, name
+
+
+@pytest.mark.parametrize("case", VITS)
+def test_a_folder_saved_for_timm_holds_the_same_file(case, tmp_path):
+    saved = patchlib.save_pretrained(load(case), tmp_path, format="timm")
+    found, wanted = load_file(saved / "model.safetensors"), load_file(FOLDER / case / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    assert load(case).config == patchlib.create_model(f"local-dir:{saved}").config
+
+
+def test_linear_patches_are_saved_for_timm_as_a_convolution(tmp_path):
+    model = patchlib.create_model("vit_128_6_cifar")
+    found = load_file(patchlib.save_pretrained(model, tmp_path, format="timm") / "model.safetensors")
+    assert found["patch_embed.proj.weight"].shape == (128, 3, 4, 4)
+    images = torch.rand(2, 3, 32, 32)
+    again = patchlib.create_model(f"local-dir:{tmp_path}")
+    assert torch.allclose(model.eval()(images), again(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_early_conv_128_6", "convmixer_16", "patchnet_tiny"])
+def test_what_timm_has_not_is_refused(name, tmp_path):
+    with pytest.raises(patchlib.WeightsError, match="timm"):
+        patchlib.save_pretrained(patchlib.create_model(name), tmp_path, format="timm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("PATCHLIB_PEERS" not in os.environ, reason="PATCHLIB_PEERS names no python that has timm")
+@pytest.mark.parametrize("case", VITS)
+def test_timm_itself_loads_what_was_saved_for_it(case, tmp_path):
+    patchlib.save_pretrained(load(case), tmp_path, format="timm")
+    code = (
+        "import sys, timm, torch; from safetensors.torch import load_file\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "answers = load_file(sys.argv[2])\n"
+        "with torch.no_grad(): print((model(answers['images']) - answers['logits']).abs().max().item())"
+    )
+    answers = Path(FOLDER / case / "answers.safetensors")
+    command = [os.environ["PATCHLIB_PEERS"], "-c", code, str(tmp_path), str(answers)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(result.stdout.split()[-1]) < 1e-5
