@@ -8,8 +8,9 @@ A field is declared with one of the functions below, which holds its default and
         mlp: dict = kind("mlp", {"kind": "gelu", "ratio": 4.0})
 """
 
+import copy
 import dataclasses
-import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,13 +22,21 @@ MAX_DIM = 32_768
 MAX_DEPTH = 256
 MAX_SIDE = 16_384
 MAX_CLASSES = 1_000_000
+MAX_NUMBER = 2**53
 
 Check = Callable[[str, Any], Any]
 
 
 def _fail(where: str, value: Any, allowed: str) -> ConfigError:
-    shown = repr(value)
-    return ConfigError(f"{where}: found {shown if len(shown) <= 80 else shown[:77] + '...'}; allowed: {allowed}")
+    return ConfigError(f"{where}: found {_shown(value)}; allowed: {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of what comes from a file it may be huge."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        return f"an integer of {value.bit_length()} bits"
+    shown = reprlib.repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _field(default: Any, check: Check, optional: bool = False) -> Any:
@@ -95,6 +104,10 @@ def _choice(*options: str) -> Check:
 
 def size(default: int | tuple[int, int], high: int = MAX_SIDE) -> Any:
     """One side for a square, or (height, width)."""
+    return _field(default, _size(high))
+
+
+def _size(high: int) -> Check:
     one = _integer(1, high)
 
     def check(where: str, value: Any) -> int | tuple[int, int]:
@@ -104,7 +117,7 @@ def size(default: int | tuple[int, int], high: int = MAX_SIDE) -> Any:
             return one(where + ".height", value[0]), one(where + ".width", value[1])
         return one(where, value)
 
-    return _field(default, check)
+    return check
 
 
 def integers(default: tuple[int, ...], low: int, high: int, *, most: int = 64) -> Any:
@@ -136,14 +149,33 @@ def group(**members: Any) -> Any:
 
 def kind(role: str, default: Any, *, shared: tuple[str, ...] = (), optional: bool = False) -> Any:
     """A registered kind of block with its options: ``"name"`` or ``{"kind": name, **options}``.
-    Options in `shared` are not the block's own but of what holds it."""
+    Options in `shared` are not the block's own but of what holds it, see `_SHARED`."""
 
     def check(where: str, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and "kind" not in value and default:
             value = {**default, **value}
-        return block_spec(role, where, value, shared)
+        spec = block_spec(role, where, value, shared)
+        checks = {key: _SHARED[key] for key in shared if key in spec and key in _SHARED}
+        return spec | {key: check(f"{where}.{key}", spec[key]) for key, check in checks.items()}
 
     return _field(default, check, optional)
+
+
+def _stride(where: str, value: Any) -> int | tuple[int, int] | None:
+    return None if value is None else _size(MAX_SIDE)(where, value)
+
+
+def _flag_or_kind(where: str, value: Any) -> Any:
+    return value if isinstance(value, bool) else block_spec("norm", where, value)
+
+
+# What PatchEmbed, ViT and the models' heads do with a field of a block's, beside the block.
+_SHARED: dict[str, Check] = {
+    "stride": _stride,
+    "remainder": _choice("error", "pad", "drop"),
+    "covers_prefix": _flag,
+    "norm": _flag_or_kind,
+}
 
 
 def stages(default: tuple[dict[str, Any], ...]) -> Any:
@@ -193,7 +225,7 @@ def plain(where: str, value: Any, depth: int = 4) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
-        if not math.isfinite(value) or abs(value) > MAX_CLASSES:
+        if not -MAX_CLASSES <= value <= MAX_CLASSES:
             raise _fail(where, value, f"a finite number of at most {MAX_CLASSES}")
         return value
     if depth and isinstance(value, (list, tuple)):
@@ -234,7 +266,7 @@ class BaseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

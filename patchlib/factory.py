@@ -1,5 +1,8 @@
 """`create_model` and what tells about models: the only place where architecture meets weights."""
 
+import dataclasses
+import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,14 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConfigError, WeightsError
+from .errors import ConfigError, PatchlibError, WeightsError
 from .models.base import ImageModel, Model
 from .models.features import FeatureExtractor
 from .registry import family_of, find_model, model_names
 from .weights.catalog import Weights, find_weights, weights_of
-from .weights.load import Checkpoint, fill, read_checkpoint
+from .weights.load import FLOATS, Checkpoint, fill, number_of_classes, read_checkpoint, unwrapped
 
+log = logging.getLogger("patchlib")
+
+MAX_PARAMETERS = 40_000_000_000  # the largest ViT that a paper reports has 22 billion
 _SOURCES = ("hf-hub:", "local-dir:")
+# Fields in which a model may differ from its weights and still give the same answers, or is adapted to them.
+_FREE = ("img_size", "patch_size", "in_chans", "num_classes", "drop", "drop_path")
 
 
 def create_model(
@@ -75,45 +83,102 @@ def create_model(
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     overrides = {**config_overrides, **{key: value for key, value in given.items() if value is not None}}
     options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    on_meta = device is not None and torch.device(device).type == "meta"
-    if isinstance(dtype, str) and dtype != "file":
-        raise ConfigError(f"dtype: found {dtype!r}; allowed: a torch.dtype, None, or 'file'")
+    place = _device(device)
+    if dtype not in (None, "file", *FLOATS):
+        raise ConfigError(f"dtype: found {dtype!r}; allowed: None, 'file', {', '.join(map(str, FLOATS))}")
 
     loaded: Checkpoint | None = None
+    random = pretrained is False or place.type == "meta"
     if str(name).startswith(_SOURCES):
-        loaded = read_checkpoint(name, **options)  # type: ignore[arg-type]
+        loaded = read_checkpoint(name, config_only=random or checkpoint is not None, **options)  # type: ignore[arg-type]
         model_class, config = loaded.model_class, loaded.config
         if pretrained is False:
             loaded = None
     else:
         architecture, _, tag = str(name).partition(".")
         model_class, config = find_model(architecture)
-        if pretrained and checkpoint is None:
-            loaded = _from_catalog(find_weights(architecture, tag or None), model_class, config, options)
-            config = loaded.config
-        elif tag:
-            find_weights(architecture, tag)  # a misspelt tag is an error, with or without weights
+        if tag or (pretrained and checkpoint is None):
+            entry = find_weights(architecture, tag or None)
+            config = config.replace(**entry.overrides)
+            if pretrained and checkpoint is None and not random:
+                loaded = _from_catalog(entry, config, model_class, options)
+                config = loaded.config
     if checkpoint is not None:
         loaded = read_checkpoint(checkpoint, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
+        _compare(loaded, model_class, config.replace(**overrides), overrides)
 
     config = config.replace(**overrides)
-    if loaded is None or on_meta:
-        with torch.device(device or "cpu"):
-            model = model_class(config)
+    if loaded is None or place.type == "meta":
+        if str(name).startswith(_SOURCES) or overrides:
+            _refuse_giants(str(name), model_class, config)
+        model = _build(str(name), model_class, config, place)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
     else:
-        with torch.device("meta"):
-            model = model_class(config)
-        known = loaded.config is not None and hasattr(config, "num_classes")
-        new_head = known and loaded.config.num_classes != config.num_classes
+        model = _build(str(name), model_class, config, torch.device("meta"))
+        if loaded.config is None:
+            new_head = num_classes is not None and number_of_classes(model, loaded) != num_classes
+        else:
+            new_head = getattr(loaded.config, "num_classes", None) != getattr(config, "num_classes", None)
         fill(model, loaded, new_head=new_head, dtype=dtype, check_finite=check_finite)
-        model.to(device or "cpu").eval()
+        model.to(place).eval()
     if not features_only:
         return model
     if not isinstance(model, ImageModel):
         raise ConfigError(f"features_only: {type(model).__name__} has no feature maps; leave it out")
     return FeatureExtractor(model, out_indices)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.get_default_device() if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: found {device!r}; allowed: a torch.device or its name ({error})") from error
+
+
+def _build(name: str, model_class: Any, config: Any, device: torch.device) -> Any:
+    """The model; an error says which it is."""
+    try:
+        with device:
+            return model_class(config)
+    except PatchlibError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _refuse_giants(name: str, model_class: Any, config: Any) -> None:
+    """Counts the parameters before memory is taken for them: fields that are fine one by one can be too much together,
+    and a folder may be a stranger's."""
+    model = _build(name, model_class, config, torch.device("meta"))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    if (total := sum(sizes.values())) > MAX_PARAMETERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"{name}: its config makes {total:,} parameters, {sizes[largest]:,} of them in {largest}; "
+            f"allowed: at most {MAX_PARAMETERS:,}; choose smaller sizes"
+        )
+
+
+def _compare(loaded: Checkpoint, model_class: Any, config: Any, named: Iterable[str] = ()) -> None:
+    """Refuses weights of another class. Says where they were trained with another config and yet may fit in shape: that
+    is an architecture which the weights do not know.
+
+    Args:
+        named: fields that the caller chose to differ in.
+    """
+    if loaded.model_class not in (None, model_class):
+        raise WeightsError(
+            f"{loaded.source}: holds a {loaded.model_class.__name__}; this model is a {model_class.__name__}; "
+            "name that class's model, or other weights"
+        )
+    if loaded.config is None:
+        return
+    linear = {"linear", "conv"}
+    for name in (f.name for f in dataclasses.fields(config) if f.name not in (*_FREE, *named)):
+        theirs, ours = getattr(loaded.config, name), getattr(config, name)
+        if name == "patch_embed" and {theirs["kind"], ours["kind"]} <= linear:  # these two are one function
+            theirs, ours = {**theirs, "kind": ""}, {**ours, "kind": ""}
+        if theirs != ours:
+            log.warning("%s: trained with %s=%r; this model has %r", loaded.source, name, theirs, ours)
 
 
 def load_pretrained(
@@ -132,7 +197,10 @@ def load_pretrained(
 
     Its parameters are overwritten in place: they keep dtype and device, and optimisers keep seeing them.
 
+    Where the checkpoint's config differs in what is no size (activation, heads, …), a warning says so.
+
     Args:
+        model: of patchlib; also one that `features_only`, `torch.compile` or data-parallel training has wrapped.
         new_head: leave the checkpoint's classifier out; the model's own stays.
         allow_pickle, check_finite, revision, cache_dir, token, local_files_only: as in `create_model`.
 
@@ -143,19 +211,20 @@ def load_pretrained(
         WeightsError: a key is missing, unexpected or misshapen; the model is then unchanged.
     """
     options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    inner = unwrapped(model)
     architecture, _, tag = str(source).partition(".")
-    if architecture in model_names() and not Path(source).exists():
+    if architecture in model_names() and not os.path.exists(source):
         model_class, config = find_model(architecture)
-        loaded = _from_catalog(find_weights(architecture, tag or None), model_class, config, options)
+        entry = find_weights(architecture, tag or None)
+        loaded = _from_catalog(entry, config.replace(**entry.overrides), model_class, options)
     else:
         loaded = read_checkpoint(source, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
-    if loaded.model_class not in (None, type(model)):
-        raise WeightsError(f"{source}: holds a {loaded.model_class.__name__}; this model is a {type(model).__name__}")
-    fill(model, loaded, new_head=new_head, check_finite=check_finite)
+    _compare(loaded, type(inner), inner.config)
+    fill(inner, loaded, new_head=new_head, check_finite=check_finite)
     return model
 
 
-def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[str, Any]) -> Checkpoint:
+def _from_catalog(entry: Weights, config: Any, model_class: Any, options: dict[str, Any]) -> Checkpoint:
     """The weights of a catalogue entry; only the file is fetched, since the catalogue knows the rest."""
     from .weights.files import read_tensors
     from .weights.hub import HubRepo
@@ -168,7 +237,6 @@ def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[s
     path = repo.file("model.safetensors", sha256=entry.sha256)
     assert path is not None
     info = {**entry.info, "license": entry.license, "source": entry.source}
-    config = config.replace(**entry.overrides)
     return Checkpoint(entry.full_name, read_tensors(path), entry.format, model_class, config, info)
 
 

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from torch import nn
 
-from .errors import ConfigError, UnknownNameError, nearest
+from .errors import ConfigError, PatchlibError, UnknownNameError, nearest
 
 _LAYERS = "patchlib.layers."
 _BLOCKS: dict[str, dict[str, Any]] = {
@@ -73,6 +74,10 @@ def register_block(name: str, block: Callable[..., Any], *, role: str | None = N
         raise ConfigError(f"block {name!r} is built in; choose another name")
     if _user_blocks.get((role, name), block) is not block:
         raise ConfigError(f"block {name!r} is already registered with another class; choose another name")
+    try:
+        _options(block)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"block {name!r}: its options cannot be told ({error}); wrap it in a function") from error
     _user_blocks[role, name] = block
 
 
@@ -96,37 +101,73 @@ def find_block(role: str, kind: str) -> Callable[..., Any]:
     return _import(found) if isinstance(found, str) else found
 
 
-def build_block(role: str, spec: Mapping[str, Any], *args: Any, **given: Any) -> Any:
-    """Builds the block that ``spec = {"kind": name, **options}`` names.
+def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: Any) -> Any:
+    """Builds the block that ``"name"`` or ``{"kind": name, **options}`` means.
 
     `args` and `given` come from the model; of `given`, a block receives what its constructor has parameters for.
 
     Raises:
-        ConfigError: the block has no such option, or it is the model that sets it.
+        ConfigError: the block has no such option, it is the model that sets it, or the block refuses its value.
     """
-    options = {key: value for key, value in spec.items() if key != "kind"}
-    block = find_block(role, spec["kind"])
+    kind = spec if isinstance(spec, str) else spec.get("kind") if isinstance(spec, Mapping) else None
+    if not isinstance(kind, str):
+        raise ConfigError(f"{role}: found {spec!r:.80}; allowed: the name of a kind, or an object with 'kind'")
+    options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "kind"}
+    block = find_block(role, kind)
     for key in options.keys() & given.keys():
-        raise ConfigError(f"{role} {spec['kind']!r}: option {key!r} is set by the model; leave it out")
-    check_options(role, spec["kind"], options)
-    takes = _parameters(block)
-    return block(*args, **{key: value for key, value in given.items() if takes is None or key in takes}, **options)
+        raise ConfigError(f"{role} {kind!r}: option {key!r} is set by the model; leave it out")
+    check_options(role, kind, options)
+    takes = _options(block)
+    try:
+        return block(*args, **{key: value for key, value in given.items() if takes is None or key in takes}, **options)
+    except PatchlibError:
+        raise
+    except Exception as error:  # options may come from a file, and torch has no one kind for what it cannot build
+        raise ConfigError(f"{role} {kind!r} cannot be built with the options {options!r:.200} ({error})") from error
 
 
 def check_options(role: str, kind: str, options: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` if the block of this kind has no such option."""
-    takes = _parameters(find_block(role, kind))
-    for key in options:
-        if takes is not None and key not in takes:
+    """Raises `ConfigError` if the block of this kind has no such option, or annotates it with another type."""
+    takes = _options(find_block(role, kind))
+    for key, value in options.items():
+        if takes is None:
+            return
+        if key not in takes:
             raise ConfigError(f"{role} {kind!r} has no option {key!r}{nearest(key, takes)}")
+        if not _fits(value, takes[key]):
+            allowed = inspect.formatannotation(takes[key])
+            raise ConfigError(f"{role} {kind!r}, option {key!r}: found {value!r:.80}; allowed: {allowed}")
 
 
-def _parameters(block: Callable[..., Any]) -> set[str] | None:
-    """The names a constructor takes; None if it takes any."""
+@cache
+def _options(block: Callable[..., Any]) -> dict[str, Any] | None:
+    """The names that a constructor takes, with their annotations; None if it takes any."""
     if isinstance(block, type) and block.__init__ is nn.Module.__init__:  # type: ignore[misc]
-        return set()  # its signature claims to take anything
+        return {}  # its signature claims to take anything
     parameters = inspect.signature(block).parameters.values()
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    by_position = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+    where = ("device", "dtype")  # of torch's own layers; that is the caller's business, and none of a config
+    return {p.name: p.annotation for p in parameters if p.kind not in by_position and p.name not in where}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value is of an annotated type. Annotations that are about other things fit all."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        kinds = inner[:1] * len(value) if Ellipsis in inner else inner
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if annotation in (None, type(None)):
+        return value is None
+    if annotation in (int, float, bool, str):
+        numeric = (int, float) if annotation is float else annotation
+        return isinstance(value, numeric) and (annotation is bool or not isinstance(value, bool))
+    return isinstance(value, Mapping) if origin is Mapping else True
 
 
 def register_model(name: str, model_class: Any, config: Any, *, family: str = "user") -> None:
@@ -138,7 +179,8 @@ def register_model(name: str, model_class: Any, config: Any, *, family: str = "u
         config: an instance of ``model_class.Config``.
 
     Raises:
-        ConfigError: the name is malformed or taken, or the config is not the class's own.
+        ConfigError: the name is malformed or taken, the config is not the class's own, or another class that saved
+            folders know has this class's name.
     """
     if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
         raise ConfigError(f"name of a model: found {name!r}; allowed: letters, digits, '_' and '-'")
@@ -146,6 +188,12 @@ def register_model(name: str, model_class: Any, config: Any, *, family: str = "u
         raise ConfigError(f"model {name!r} is built in; choose another name")
     if not isinstance(config, getattr(model_class, "Config", ())):
         raise ConfigError(f"config of {name!r}: found {type(config).__name__}; allowed: {model_class.__name__}.Config")
+    homes = {built_in.model_class: built_in.module for built_in in _index().values()}
+    if homes.get(model_class.__name__, model_class.__module__) != model_class.__module__:
+        raise ConfigError(
+            f"class {model_class.__name__!r}: patchlib has one of this name, and saved folders tell them "
+            "apart by name; rename yours"
+        )
     entry = ModelEntry(family, None, model_class, config)
     if _user_models.get(name, entry) != entry:
         raise ConfigError(f"model {name!r} is already registered with another config; choose another name")
@@ -180,7 +228,7 @@ def find_model_class(class_name: str) -> Any:
     """The built-in or registered model class of this name, as saved folders write it."""
     classes = {entry.model_class: entry.module or "" for entry in _index().values()}
     own = {entry.model_class.__name__: entry.model_class for entry in _user_models.values()}
-    if class_name in own:
+    if isinstance(class_name, str) and class_name in own:
         return own[class_name]
     if not isinstance(class_name, str) or class_name not in classes:
         raise UnknownNameError(f"no model class is named {class_name!r}{nearest(class_name, {*classes, *own})}")

@@ -117,7 +117,7 @@ class HubServer:
         return repo.commits[repo.branches[revision]]
 
     def misbehave(
-        self, how: str | int, file: str = "*", method: str = "GET", times: float = float("inf"), seconds: float = 30
+        self, how: str | int, file: str = "*", method: str = "GET", times: float = float("inf"), seconds: float = 60
     ) -> None:
         """Spoils the next `times` answers about `file` (a pattern, also of paths) to requests of `method`.
 
@@ -457,8 +457,8 @@ def start_client(
     own = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
-        "HF_HUB_ETAG_TIMEOUT": "8",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "8",
+        "HF_HUB_ETAG_TIMEOUT": "15",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "15",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -475,7 +475,7 @@ def start_client(
 
 
 def run_client(
-    hub: HubServer, code: str, home: Path, env: Mapping[str, str] | None = None, timeout: float = 60
+    hub: HubServer, code: str, home: Path, env: Mapping[str, str] | None = None, timeout: float = 120
 ) -> "subprocess.CompletedProcess[str]":
     """Runs Python on `code` as `start_client` does, to its end."""
     process = start_client(hub, code, home, env)

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % heads:
+        if not isinstance(heads, int) or heads < 1 or (head_dim is None and dim % heads):
             raise ConfigError(f"heads: found {heads}; allowed: a divisor of dim={dim}, or give head_dim")
         self.heads, self.head_dim = heads, head_dim or dim // heads
         inner = heads * self.head_dim

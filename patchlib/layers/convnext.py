@@ -9,6 +9,7 @@ from ..registry import build_block
 from .depthwise import DepthwiseConv
 from .drop import DropPath
 from .grn import GRN
+from .mlp import hidden_size
 from .scale import LayerScale
 
 
@@ -43,7 +44,7 @@ class ConvNeXtBlock(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient
+        hidden = hidden_size(dim, ratio)
         self.depthwise = self.Depthwise(dim, kernel_size)
         self.norm = build_block("norm", norm or {"kind": "layer", "eps": 1e-6}, dim)
         self.fc1 = nn.Linear(dim, hidden)

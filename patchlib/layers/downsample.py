@@ -20,7 +20,8 @@ class Downsample(nn.Module):
         scale: patches merged along each axis.
         norm: kind and options of the norm.
 
-    Shape: ``(batch, height, width, dim)`` to ``(batch, height / scale, width / scale, out_dim)``.
+    Shape: ``(batch, height, width, dim)`` to ``(batch, height // scale, width // scale, out_dim)``; rows and columns
+    that fill no merged patch are left out.
 
     Raises:
         InputError: from `forward`, if the grid is smaller than one merged patch.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 
 
 def nchw(module: Callable[[Tensor], Tensor], grid: Tensor) -> Tensor:
@@ -30,6 +30,18 @@ def nchw_to_grid(image: Tensor) -> Tensor:
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """``7`` to ``(7, 7)``; a pair stays."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def checked_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """`pair` of an argument that must hold integers from 1.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    sides = (value, value) if isinstance(value, int) else value
+    if isinstance(sides, (tuple, list)) and len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides):
+        return sides[0], sides[1]
+    raise ConfigError(f"{name}: found {value!r}; allowed: an integer from 1, or two: (height, width)")
 
 
 class Patches(NamedTuple):

@@ -1,7 +1,7 @@
-"""Convolution and normalisation in reading order: a cell sees the cells before it and itself, never one after it."""
+"""Convolution and normalisation in reading order: a cell never sees one after it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..ops.depthwise import depthwise_conv2d
 from .convnext import ConvNeXtBlock
 from .grid import grid_to_nchw, nchw_to_grid, pair
-from .grn import GRN
+from .grn import GRN, energy
 
 
 class CausalDepthwiseConv(nn.Module):
@@ -77,25 +77,40 @@ class CausalDepthwiseConv(nn.Module):
 
 
 class CausalGRN(GRN):
-    """`GRN` whose strength at a cell is the norm over the cells up to it, in reading order."""
+    """`GRN` whose strengths in a row are norms over the rows above it; in the first row all channels are equally
+    strong.
+
+    A strength of its own for each cell would cost more passes over the wide tensor than the rest of the block.
+
+    Shape: ``(batch, height, width, dim)`` to the same.
+    """
 
     def strength(self, x: Tensor) -> Tensor:
-        return self.root(self.energy(x).cumsum(1)).view(x.shape)
-
-    def energy(self, x: Tensor) -> Tensor:
-        """Squares ``(batch, positions, dim)``, at least in float32."""
-        return x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2).square()
+        above = energy(x, 2).cumsum(1)[:, :-1]
+        return self.root(F.pad(above, (0, 0, 1, 0)))[:, :, None]
 
     def root(self, total: Tensor) -> Tensor:
-        """Norms from sums of squares; the bound keeps the gradient at zero finite."""
-        return total.clamp_min(self.eps**2).sqrt()
+        return (total + 1e-6).sqrt()  # what every channel starts from
+
+
+class BlockCache(NamedTuple):
+    """What `CausalConvNeXtBlock.step` needs of the cells so far.
+
+    Attributes:
+        history: ``(batch, cells that the kernel reaches back, dim)``, the newest inputs.
+        above: ``(batch, hidden)``, sums of squares in the rows above.
+        row: ``(batch, hidden)``, in the newest row so far.
+    """
+
+    history: Tensor
+    above: Tensor
+    row: Tensor
 
 
 class CausalConvNeXtBlock(ConvNeXtBlock):
     """V2's `ConvNeXtBlock` in reading order.
 
-    `start` and `step`, for evaluation, run it token by token: their cache is the newest inputs that the kernel reaches
-    and the sum of squares that the norm needs, however long the text.
+    `start` and `step`, for evaluation, run it cell by cell, with a cache that does not grow.
 
     Args: as `ConvNeXtBlock`.
 
@@ -116,19 +131,25 @@ class CausalConvNeXtBlock(ConvNeXtBlock):
     ) -> None:
         super().__init__(dim, kernel_size, ratio=ratio, norm=norm, drop_path=drop_path)
 
-    def start(self, grid: Tensor, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def start(self, grid: Tensor, count: int) -> tuple[Tensor, BlockCache]:
         """What `forward` gives, and the cache after the first `count` cells."""
+        width = grid.shape[2]
         hidden = self.act(self.fc1(self.norm(self.depthwise(grid))))
-        reach = self.depthwise.before(grid.shape[2])
-        history = F.pad(grid.flatten(1, 2)[:, :count], (0, 0, reach, 0))[:, count:]
-        total = self.grn.energy(hidden.flatten(1, 2)[:, :count]).sum(1)
-        return grid + self.fc2(self.grn(hidden)), (history, total)
+        before = self.depthwise.before(width)
+        row, column = divmod(count - 1, width)
+        cache = BlockCache(
+            F.pad(grid.flatten(1, 2)[:, :count], (0, 0, before, 0))[:, count:],
+            energy(hidden[:, :row], (1, 2)),
+            energy(hidden[:, row, : column + 1], 1),
+        )
+        return grid + self.fc2(self.grn(hidden)), cache
 
-    def step(self, x: Tensor, cache: tuple[Tensor, Tensor], width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The next cell ``(batch, dim)`` and the cache after it."""
-        history, total = cache
+    def step(self, x: Tensor, cache: BlockCache, place: int, width: int) -> tuple[Tensor, BlockCache]:
+        """The next cell ``(batch, dim)``, which is number `place` on a grid of this width, and the cache after it."""
+        history, above, row = cache
+        if place % width == 0:
+            above, row = above + row, torch.zeros_like(row)
         history = torch.cat([history, x[:, None]], dim=1)
         hidden = self.act(self.fc1(self.norm(self.depthwise.step(history, width))))
-        total = total + self.grn.energy(hidden[:, None])[:, 0]
-        x = x + self.fc2(self.grn.respond(hidden, self.grn.root(total)))
-        return x, (history[:, 1:], total)
+        x = x + self.fc2(self.grn.respond(hidden, self.grn.root(above)))
+        return x, BlockCache(history[:, 1:], above, row + energy(hidden[:, None], 1))

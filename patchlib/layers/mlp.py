@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 
 class MLP(nn.Module):
     """Linear, GELU, linear, on each position alone.
@@ -18,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float = 4.0, approximate: str = "none", drop: float = 0.0) -> None:
         super().__init__()
-        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient, such as 48 / 11
+        hidden = hidden_size(dim, ratio)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU(approximate)
         self.fc2 = nn.Linear(hidden, dim)
@@ -38,7 +40,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, *, ratio: float = 8 / 3, drop: float = 0.0) -> None:
         super().__init__()
-        hidden = int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient, such as 48 / 11
+        hidden = hidden_size(dim, ratio)
         self.fc1 = nn.Linear(dim, 2 * hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
@@ -46,3 +48,14 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.drop(self.fc2(self.drop(F.silu(gate) * value)))
+
+
+def hidden_size(dim: int, ratio: float) -> int:
+    """Width of a hidden layer, `ratio` times `dim`, rounded down.
+
+    Raises:
+        ConfigError: nothing would be left.
+    """
+    if not isinstance(ratio, (int, float)) or not 1 <= dim * ratio < float("inf"):
+        raise ConfigError(f"ratio: found {ratio!r}; allowed: a number from 1 / dim = 1 / {dim}")
+    return int(dim * ratio + 1e-3)  # a ratio may be a rounded quotient, such as 48 / 11

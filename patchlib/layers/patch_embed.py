@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
 from ..registry import build_block
-from .grid import nchw_to_grid, pair
+from .grid import checked_pair, nchw_to_grid, pair
 
 
 class PatchEmbed(nn.Module):
@@ -48,8 +48,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if remainder not in ("error", "pad", "drop"):
             raise ConfigError(f"remainder: found {remainder!r}; allowed: 'error', 'pad', 'drop'")
-        self.patch_size = pair(patch_size)
-        self.stride = self.patch_size if stride is None else pair(stride)
+        self.patch_size = checked_pair("patch_size", patch_size)
+        self.stride = self.patch_size if stride is None else checked_pair("stride", stride)
         self.in_chans, self.dim, self.kind, self.remainder = in_chans, dim, kind, remainder
         if self.stride != self.patch_size:
             options["stride"] = self.stride
@@ -75,10 +75,10 @@ class PatchEmbed(nn.Module):
 
     def _fit(self, images: Tensor) -> Tensor:
         """Pads or crops to the pixels that patches cover; raises if there are others and that is an error."""
-        size = images.shape[-2:]
+        size = (images.shape[-2], images.shape[-1])
         covered = [
             (cells - 1) * stride + patch
-            for cells, stride, patch in zip(self.grid_size((size[0], size[1])), self.stride, self.patch_size, strict=True)
+            for cells, stride, patch in zip(self.grid_size(size), self.stride, self.patch_size, strict=True)
         ]
         if self.remainder == "error":
             for name, length, fits, patch in zip(("height", "width"), size, covered, self.patch_size, strict=True):
@@ -123,7 +123,9 @@ class PatchEmbed(nn.Module):
         """
         if self.kind not in ("linear", "conv") or self.stride != self.patch_size:
             raise ConfigError(f"patch_size: only whole 'linear' and 'conv' patches can be resized, not {self.kind!r}")
-        patch = pair(patch_size)
+        patch = checked_pair("patch_size", patch_size)
+        if patch == self.patch_size:
+            return
         kernel = self.proj.weight.detach().reshape(self.dim, self.in_chans, *self.patch_size)
         other = self._rebuilt(self.kind, patch, patch, resize_kernel(kernel, patch))
         self.proj, self.patch_size, self.stride = other.proj, other.patch_size, other.stride
@@ -136,7 +138,7 @@ class PatchEmbed(nn.Module):
         other.proj.weight.copy_(weight.reshape(other.proj.weight.shape))
         if bias is not None:
             other.proj.bias.copy_(bias)
-        return other.train(self.training)
+        return other.requires_grad_(self.proj.weight.requires_grad).train(self.training)
 
 
 def resize_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -238,6 +240,8 @@ class EarlyConv(nn.Sequential):
             raise ConfigError(
                 f"early_conv: found {len(widths)} widths; patch size {patch} takes {steps}, one a halving"
             )
+        if not all(isinstance(width, int) and width > 0 for width in widths):
+            raise ConfigError(f"early_conv: found widths {widths}; allowed: integers from 1")
         layers: list[nn.Module] = []
         for before, after in zip((in_chans, *widths), widths, strict=False):
             layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm))

@@ -43,7 +43,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim: int, *, heads: int = 8) -> None:
         super().__init__()
-        if dim % heads:
+        if not isinstance(heads, int) or heads < 1 or dim % heads:
             raise ConfigError(f"heads: found {heads}; allowed: a divisor of dim={dim}")
         self.heads = heads
         self.query = nn.Parameter(torch.empty(1, 1, dim))

@@ -85,14 +85,21 @@ class LearnedPE(nn.Module):
             )
         if x.dim() == 4:
             size = (x.shape[1], x.shape[2])
+            if self.prefix:
+                raise InputError(
+                    f"learned positions: found a grid, for a table that begins with {self.prefix} prefix tokens; "
+                    "pass a sequence (batch, prefix + tokens, dim) and size="
+                )
         table = self.table if size is None else resize_positions(self.table, self.size, size, self.prefix)
         return x + table.reshape(1, *x.shape[1:]).to(x.dtype)
 
     @torch.no_grad()
     def resize(self, size: int | tuple[int, int]) -> None:
         """Resamples the table to another grid, for good."""
-        self.table = nn.Parameter(resize_positions(self.table, self.size, pair(size), self.prefix))
-        self.size = pair(size)
+        if pair(size) == self.size:
+            return
+        table = resize_positions(self.table, self.size, pair(size), self.prefix)
+        self.table, self.size = nn.Parameter(table, self.table.requires_grad), pair(size)
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:

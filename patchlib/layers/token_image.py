@@ -104,6 +104,10 @@ class TokenImageEncoder(nn.Module):
 
     def to_image(self, embeddings: Tensor) -> Tensor:
         """Embeddings ``(batch, T, channels * patch_size**2)``, oldest first, to the image."""
+        if embeddings.dim() != 3 or embeddings.shape[1] > self.num_tokens or embeddings.shape[2] != self.dim:
+            raise InputError(
+                f"embeddings: found {tuple(embeddings.shape)}; allowed: (batch, up to {self.num_tokens}, {self.dim})"
+            )
         if self.order == "newest_first":
             embeddings = embeddings.flip(1)
         rows, columns = self.grid_size
@@ -143,11 +147,11 @@ def check_ids(ids: Tensor, vocab_size: int, most: int | None = None, values: boo
     """Raises `InputError` unless `ids` are ``(batch, T)`` integers from 0 to ``vocab_size - 1``, and ``T`` is from 1 to
     `most`.
 
-    Looking at the values takes a synchronisation on an accelerator and a graph break in a compiler; `values` says
-    whether to do it. Left out, it is done in eager mode on the CPU.
+    Looking at the values takes a synchronisation on an accelerator and cannot be compiled; `values` says whether to do
+    it. Left out, it is done in eager mode on the CPU.
     """
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"ids: found {ids.dtype} {tuple(ids.shape)}; allowed: integers (batch, tokens)")
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"ids: found {ids.dtype} {tuple(ids.shape)}; allowed: int64 or int32 (batch, tokens)")
     count = ids.shape[1]
     if count < 1 or (most is not None and count > most):
         allowed = "at least 1" if most is None else f"1 to {most}; crop to the newest"
@@ -155,8 +159,8 @@ def check_ids(ids: Tensor, vocab_size: int, most: int | None = None, values: boo
     if values is None:
         values = ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if values and ids.numel() and (ids.amin() < 0 or ids.amax() >= vocab_size):
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        row, place = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
         raise InputError(
-            f"ids: found {outside[0].item()}; allowed: 0 to {vocab_size - 1} "
-            "(do the tokeniser and the model belong together?)"
+            f"ids[{row}, {place}]: found {ids[row, place].item()}; allowed: 0 to {vocab_size - 1} "
+            "(do tokeniser and model belong together?)"
         )

@@ -1,17 +1,18 @@
 """What models share: timm's methods, derived once from `embed`, `steps`, `norm` and `head`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import BaseConfig
 from ..errors import ConfigError, InputError, UnknownNameError, nearest
 from ..layers.grid import Patches, grid_to_nchw
 from ..layers.head import Head
 from ..layers.pos_embed import LearnedPE
+from ..layers.recompute import recompute
 from .features import FeatureInfo, take_indices
 
 
@@ -189,7 +190,9 @@ class ImageModel(Model):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for other classes, freshly initialised; 0 for none."""
-        self.config = self.config.replace(num_classes=num_classes, **({"pool": global_pool} if global_pool else {}))
+        shared = {key: value for key, value in self.config.pool.items() if key == "norm"}
+        pool = {"kind": global_pool, **shared} if global_pool else self.config.pool
+        self.config = self.config.replace(num_classes=num_classes, pool=pool)
         weight = next(self.parameters())
         self.head = self._make_head().to(device=weight.device, dtype=weight.dtype).train(self.training)
         self.init_weights(self.head)
@@ -218,13 +221,22 @@ class ImageModel(Model):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Adapts to another image size (learned positions are resampled) or patch size (kernels are resized)."""
-        overrides = {"img_size": img_size, "patch_size": patch_size}
-        self.config = self.config.replace(**{key: value for key, value in overrides.items() if value is not None})
+        """Adapts to another image size (learned positions are resampled) or patch size (kernels are resized), or
+        raises `ConfigError` or `InputError` and changes nothing."""
+        config, patch_embed = self.config, self.patch_embed
+        if img_size is not None:
+            config = config.replace(img_size=img_size)
         if patch_size is not None:
-            self.patch_embed.resize(patch_size)
+            options = {key: value for key, value in config.patch_embed.items() if key != "stride"}
+            config = config.replace(patch_size=patch_size, patch_embed=options)
+            patch_embed = deepcopy(patch_embed)
+            patch_embed.resize(patch_size)
+        grid = patch_embed.grid_size(config.img_size)
+        self.config, self.patch_embed = config, patch_embed
         if isinstance(positions := getattr(self, "pos_embed", None), LearnedPE):
-            positions.resize(self.patch_embed.grid_size(self.config.img_size))
+            positions.resize(grid)
+        if img_size is not None:
+            self.info = with_input_size(self.info, img_size)
 
     def freeze(self, upto: int | None = None) -> None:
         """Stops training of the patch embedding and of the first `upto` steps; left out, of all but the head.
@@ -266,8 +278,8 @@ class ImageModel(Model):
         arguments = self._step_arguments(patches)
         kept: dict[int, Patches] = {}
         for i, step in enumerate(self.steps[:stop]):
-            run = _checkpointed(step) if self.grad_checkpointing and torch.is_grad_enabled() else step
-            x = run(patches.x, *arguments)
+            saving = self.grad_checkpointing and torch.is_grad_enabled()
+            x = recompute(step, patches.x, *arguments) if saving else step(patches.x, *arguments)
             size = (x.shape[1], x.shape[2]) if x.dim() == 4 else patches.size
             patches = patches._replace(x=x, size=size)
             if i in wanted:
@@ -275,18 +287,20 @@ class ImageModel(Model):
         return patches, [kept[i] for i in wanted]
 
 
-def _checkpointed(step: nn.Module) -> Callable[..., Any]:
-    return lambda *args: checkpoint(step, *args, use_reentrant=False)
+def with_input_size(info: Mapping[str, Any], img_size: int | tuple[int, int]) -> dict[str, Any]:
+    """`Model.info` whose preprocessing, if it has one, makes images of this size (pixels)."""
+    numbers = info.get("preprocessing")
+    old = numbers.get("input_size") if isinstance(numbers, Mapping) else None
+    if not isinstance(old, (list, tuple)):
+        return dict(info)
+    size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+    return {**info, "preprocessing": {**numbers, "input_size": [*old[:1], *size]}}
 
 
 class LanguageModel(Model):
-    """A model of token sequences. A subclass provides `forward` and, in its config, ``vocab_size``.
+    """A model of token sequences. A subclass provides `forward` and, in its config, ``vocab_size``."""
 
-    Attributes:
-        context: how many tokens it can read at once.
-    """
-
-    context: int
+    context: int  # how many tokens it can read at once
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids ``(batch, T)`` to logits ``(batch, T, vocab_size)``; windowed models answer with ``T = 1``."""

@@ -15,7 +15,7 @@ from ..config import MAX_CLASSES, MAX_DEPTH, MAX_DIM, BaseConfig, integer, kind,
 from ..errors import ConfigError, InputError
 from ..layers.drop import drop_path_schedule
 from ..layers.grid import pair
-from ..layers.masked_conv import CausalConvNeXtBlock
+from ..layers.masked_conv import BlockCache, CausalConvNeXtBlock
 from ..layers.token_image import check_ids
 from ..registry import build_block
 from .base import LanguageModel
@@ -61,17 +61,17 @@ class CausalConvLMConfig(BaseConfig):
 
 
 class ConvCache(NamedTuple):
-    """What `CausalConvLM.step` needs of the tokens so far: for each block its newest inputs
-    ``(batch, tokens in reach, dim)`` and its sums of squares ``(batch, hidden)``."""
+    """What `CausalConvLM.step` needs of the tokens so far: how many they were, and what each block keeps of them."""
 
-    blocks: tuple[tuple[Tensor, Tensor], ...]
+    length: int
+    blocks: tuple[BlockCache, ...]
 
 
 class CausalConvLM(LanguageModel):
     """Token ids ``(batch, T)`` to logits ``(batch, T, vocab_size)``; those at ``t`` depend on tokens 0 to ``t`` alone.
 
     Tokens stand on a grid in reading order, one a cell at one resolution throughout (merging cells would read ahead).
-    Depthwise convolutions see the rows above and the row's beginning, and response normalisation what came so far.
+    Depthwise convolutions see the rows above and the row's beginning, response normalisation the rows above.
     Positions need no embedding: the convolutions tell them apart. The head is the embedding.
 
     ``CausalConvLM(dim=192, depth=9)``, ``CausalConvLM(config)`` and ``CausalConvLM(config, depth=6)`` all work.
@@ -121,7 +121,7 @@ class CausalConvLM(LanguageModel):
         for block in self.blocks:
             grid, cache = block.start(grid, ids.shape[1])
             caches.append(cache)
-        return self._head(grid.flatten(1, 2)[:, ids.shape[1] - 1]), ConvCache(tuple(caches))
+        return self._head(grid.flatten(1, 2)[:, ids.shape[1] - 1]), ConvCache(ids.shape[1], tuple(caches))
 
     def step(self, ids: Tensor, cache: ConvCache) -> tuple[Tensor, ConvCache]:
         """Reads one more token.
@@ -136,13 +136,13 @@ class CausalConvLM(LanguageModel):
             logits of the token that follows ``(batch, vocab_size)``, and the next cache.
         """
         check_ids(ids, self.config.vocab_size, 1)
-        if len(ids) != (batch := len(cache.blocks[0][0])):
+        if len(ids) != (batch := len(cache.blocks[0].history)):
             raise InputError(f"ids: found a batch of {len(ids)}; allowed: {batch}, as many as the cache has")
         x, caches = F.embedding(ids[:, 0], self.tokens), []
         for block, before in zip(self.blocks, cache.blocks, strict=True):
-            x, after = block.step(x, before, self.config.grid_width)
+            x, after = block.step(x, before, cache.length, self.config.grid_width)
             caches.append(after)
-        return self._head(x), ConvCache(tuple(caches))
+        return self._head(x), ConvCache(cache.length + 1, tuple(caches))
 
     def _lay(self, ids: Tensor) -> Tensor:
         """Ids to the grid ``(batch, rows, columns, dim)``, as many rows as they need; empty cells come last."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import MAX_CLASSES, MAX_DEPTH, MAX_DIM, BaseConfig, choice, flag, integer, kind, number, size
+from ..errors import ConfigError
 from ..layers.activation import activation
 from ..layers.convmixer import ConvMixerBlock
 from ..layers.drop import drop_path_schedule
@@ -41,6 +42,10 @@ class ConvMixerConfig(BaseConfig):
     pool: dict[str, Any] = kind("pool", {"kind": "avg"})
     drop: float = number(0.0, 0, 0.99)
     drop_path: float = number(0.0, 0, 0.99)
+
+    def check(self) -> None:
+        if self.pool["kind"] == "class":
+            raise ConfigError("ConvMixerConfig.pool: found 'class', but no class token; allowed: 'avg', 'attention'")
 
 
 class ConvMixer(ImageModel):

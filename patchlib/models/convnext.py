@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import (
     MAX_CLASSES,
@@ -31,6 +30,7 @@ from ..layers.drop import drop_path_schedule
 from ..layers.grid import Patches
 from ..layers.head import Head
 from ..layers.patch_embed import PatchEmbed
+from ..layers.recompute import recompute
 from ..registry import build_block
 from .base import ImageModel
 
@@ -108,10 +108,8 @@ class ConvNeXtStage(nn.Module):
         if mask is not None:
             mask = _stretch(mask, (grid.shape[1], grid.shape[2]))
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                grid = checkpoint(block, grid, mask, use_reentrant=False)
-            else:
-                grid = block(grid, mask)
+            saving = self.grad_checkpointing and torch.is_grad_enabled()
+            grid = recompute(block, grid, mask) if saving else block(grid, mask)
         return grid
 
 
@@ -202,8 +200,7 @@ class ConvNeXt(ImageModel):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for other classes, freshly initialised; 0 for none. The norm before it stays."""
         norm = self.head.norm
-        pool: Any = {"kind": global_pool, "norm": self.config.pool.get("norm", True)} if global_pool else None
-        super().reset_classifier(num_classes, pool)
+        super().reset_classifier(num_classes, global_pool)
         self.head.norm = norm
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

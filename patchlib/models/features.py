@@ -28,13 +28,15 @@ def take_indices(steps: int, indices: int | Iterable[int] | None) -> list[int]:
     """Which of `steps` outputs are meant: a list, the last ``n``, or all; in the given order.
 
     Raises:
-        InputError: one lies outside.
+        InputError: one lies outside, or there is none.
     """
     if isinstance(indices, int):
         if not 1 <= indices <= steps:
             raise InputError(f"indices: found {indices}; allowed: 1 to {steps}, the number of last steps, or a list")
         return list(range(steps - indices, steps))
     chosen = list(range(steps) if indices is None else indices)
+    if not chosen:
+        raise InputError(f"indices: found none; allowed: {-steps} to {steps - 1} (there are {steps} steps)")
     for i in chosen:
         if not -steps <= i < steps:
             raise InputError(f"indices: found {i}; allowed: {-steps} to {steps - 1} (there are {steps} steps)")
@@ -42,7 +44,10 @@ def take_indices(steps: int, indices: int | Iterable[int] | None) -> list[int]:
 
 
 class FeatureExtractor(nn.Module):
-    """A model that returns the feature maps of single steps and has no head: ``features_only=True``.
+    """A model that returns the feature maps of single steps instead of classes: ``features_only=True``.
+
+    What follows the last of these steps does not run; its parameters stop training, so that no optimiser and no
+    distributed wrapper waits for gradients of theirs.
 
     Shape: ``(batch, channels, height, width)`` to a list of
     ``(batch, num_chs, height / reduction, width / reduction)``.
@@ -52,6 +57,8 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.model = model
         self.out_indices = take_indices(len(model.steps), out_indices)
+        for unused in (*model.steps[max(self.out_indices) + 1 :], model.norm, model.head):
+            unused.requires_grad_(False)
         self.feature_info = FeatureInfo(model.feature_info[i] for i in self.out_indices)
 
     @property

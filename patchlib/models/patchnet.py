@@ -14,6 +14,7 @@ from ..config import (
     size,
     stages,
 )  # fmt: skip
+from ..errors import ConfigError
 from ..layers.downsample import Downsample
 from ..layers.drop import drop_path_schedule
 from ..layers.grid import Patches
@@ -46,6 +47,15 @@ class PatchNetConfig(BaseConfig):
     pool: dict[str, Any] = kind("pool", {"kind": "avg"})
     drop: float = number(0.0, 0, 0.99)
     drop_path: float = number(0.0, 0, 0.99)
+
+    def check(self) -> None:
+        if self.pos_embed is not None and self.pos_embed["kind"] == "rotary":
+            raise ConfigError(
+                "PatchNetConfig.pos_embed: found 'rotary', which turns queries and keys in a ViT; "
+                "allowed: positions that are added to the grid, 'learned' or 'sinusoidal'"
+            )
+        if self.pool["kind"] == "class":
+            raise ConfigError("PatchNetConfig.pool: found 'class', but no class token; allowed: 'avg', 'attention'")
 
 
 class PatchNet(ImageModel):

@@ -119,6 +119,7 @@ def depthwise_conv2d(
         x, pads = _same(x, [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=True)])
     else:
         pads = _pair("padding", padding)
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if route is None:
         route = choose_route(x, weight, stride, pads, dilation)
 
@@ -127,7 +128,7 @@ def depthwise_conv2d(
         return depthwise_conv2d(*wide, stride, pads, dilation).to(x.dtype)
     if route.forward == "triton":
         return _conv2d(*_autocast(x, weight, bias), pads)
-    if route != TORCH and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if differentiates and route != TORCH:
         return _Depthwise.apply(*_autocast(x, weight, bias), pads, route.input_grad, route.weight_grad)
     return F.conv2d(x, weight, bias, stride, pads, dilation, weight.shape[0])
 
@@ -135,23 +136,20 @@ def depthwise_conv2d(
 def choose_route(x: Tensor, weight: Tensor, stride: Size = 1, padding: Size = 0, dilation: Size = 1) -> Route:
     """The route that `RULES` give a convolution. It is torch's own for strides and dilations, for export, and wherever
     gradients may be asked for in a way that only torch's are written for: `torch.func`, forward mode, subclasses."""
-    device, dtype, kernel = x.device.type, x.dtype, weight.shape[2:]
+    device, dtype, kernel, elements = x.device.type, x.dtype, weight.shape[2:], x.numel()
+    if all(device != rule.device for rule in RULES) or device != weight.device.type or elements == 0:
+        return TORCH
     if _pair("stride", stride) != (1, 1) or _pair("dilation", dilation) != (1, 1):
         return TORCH
     if any(p >= k for p, k in zip(_pair("padding", padding), kernel, strict=True)):
-        return TORCH
-    if all(device != rule.device for rule in RULES) or device != weight.device.type:
         return TORCH
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     elif dtype != weight.dtype:
         return TORCH
-    if torch.compiler.is_exporting() or not (torch.compiler.is_compiling() or _plain(x, weight)):
-        return TORCH
-    taps, elements = math.prod(kernel), x.numel()
     for rule in RULES:
-        if device == rule.device and dtype in rule.dtypes and taps >= rule.taps and elements >= max(1, rule.elements):
-            return rule.route
+        if rule.device == device and dtype in rule.dtypes and kernel.numel() >= rule.taps and elements >= rule.elements:
+            return rule.route if _plain(x, weight) else TORCH
     return TORCH
 
 
@@ -279,7 +277,8 @@ def _batch_weight_grad(grad: Tensor, x: Tensor, kernel: Sequence[int], pads: Seq
     total = x.new_zeros((channels, *kernel), dtype=work)
     with torch.autocast(x.device.type, enabled=False):
         for images, kernels in zip(x.split(size), grad.split(size), strict=True):
-            images = _planes(F.pad(images.to(work), border)).flatten(0, 1)[None]
+            images = F.pad(images.to(work), border) if any(border) else images.to(work)
+            images = _planes(images).flatten(0, 1)[None]
             kernels = _planes(kernels.to(work)).flatten(0, 1)[:, None]
             part = F.conv2d(images, kernels, None, 1, pads, 1, len(kernels))
             total += part.view(-1, channels, *kernel).sum(0)
@@ -402,12 +401,14 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether nothing but plain backpropagation can ask for gradients."""
-    return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and unpack_dual(t).tangent is None for t in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-    )
+    """Whether nothing but plain backpropagation, eager or compiled, can ask for gradients."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch.jit.is_tracing():
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and unpack_dual(t).tangent is None for t in tensors)
 
 
 def _differentiates(*tensors: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Text for language models: tokenisers, files of tokens, and the n-gram models to beat."""

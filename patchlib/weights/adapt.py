@@ -1,5 +1,6 @@
 """Weights of one shape for a model of another: pure functions of tensors."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from ..layers.grid import pair
 from ..layers.patch_embed import PatchEmbed, resize_kernel
 from ..layers.pos_embed import LearnedPE, resize_positions
+
+_MOST = 2**26  # numbers in the matrix that resizes a kernel: 256 MiB, for patches of 90 x 90 pixels
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
@@ -46,7 +49,7 @@ def adapt(name: str, tensor: Tensor, target: Tensor, module: Any, source: Any) -
 
 def _adapt_patches(weight: Tensor, target: Tensor, module: PatchEmbed, source: Any) -> Tensor:
     """Linear and conv patches into each other; other channels; other patch sizes."""
-    if module.kind not in ("linear", "conv") or len(weight) != module.dim or weight.dim() not in (2, 4):
+    if module.kind not in ("linear", "conv") or weight.dim() not in (2, 4) or len(weight) != module.dim:
         return weight
     if weight.dim() == 4:
         kernel = weight
@@ -56,18 +59,21 @@ def _adapt_patches(weight: Tensor, target: Tensor, module: PatchEmbed, source: A
         if weight.shape[1] != channels * size[0] * size[1]:
             return weight
         kernel = weight.reshape(len(weight), channels, *size)
+    other = tuple(kernel.shape[2:]) != module.patch_size
+    if 0 in kernel.shape or (other and kernel[0, 0].numel() * math.prod(module.patch_size) > _MOST):
+        return weight
     kernel = resize_kernel(adapt_channels(kernel, module.in_chans), module.patch_size)
     return kernel.reshape(target.shape)
 
 
 def _grid(positions: int, source: Any, module: LearnedPE) -> tuple[int, int] | None:
     """Height and width of the grid that a table of positions was learned on; None if it cannot be told."""
+    if source is not None:
+        cut = {key: value for key, value in source.patch_embed.items() if key in ("stride", "remainder")}
+        with torch.device("meta"):
+            grid = PatchEmbed(source.patch_size, 1, 1, **cut).grid_size(source.img_size)
+        return grid if grid[0] * grid[1] == positions else None
     if positions == module.size[0] * module.size[1]:
         return module.size
-    if source is not None:
-        size, patch = pair(source.img_size), pair(source.patch_size)
-        grid = (size[0] // patch[0], size[1] // patch[1])
-        if grid[0] * grid[1] == positions:
-            return grid
-    side = int(torch.tensor(float(max(positions, 0))).sqrt().round())
+    side = math.isqrt(max(positions, 0))
     return (side, side) if side * side == positions and positions else None

@@ -16,7 +16,7 @@ def model_card(model: Model, repo_id: str) -> str:
     tags = ["patchlib", "image-classification" if hasattr(model, "patch_embed") else "text-generation"]
     front = ["---", "library_name: patchlib", f"pipeline_tag: {tags[1]}", "tags:", *(f"- {tag}" for tag in tags)]
     if "license" in info:
-        front.append(f"license: {info['license']}")
+        front.append(f"license: {_cell(info['license'])}")
     facts = [f"| Model | {type(model).__name__} |", f"| Parameters | {parameters:,} |"]
     for key in ("data", "command", "score", "date", "source", "license"):
         if key in info:

@@ -1,5 +1,6 @@
 """Which weights there are: `name.tag` to where they lie, in which form, under which licence."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,9 +63,10 @@ def find_weights(name: str, tag: str | None) -> Weights:
     """
     entries = {entry.tag: entry for entry in weights_of(name)}
     if not entries:
+        near = difflib.get_close_matches(name, names_with_weights(), n=3, cutoff=0)
         raise UnknownNameError(
-            f"no weights of {name!r} exist anywhere{nearest(name, names_with_weights())} "
-            "(patchlib.list_models(pretrained=True) lists what has weights; pretrained=False gives a random model)"
+            f"no weights of {name!r} exist anywhere; the nearest names that have some: {', '.join(map(repr, near))} "
+            "(patchlib.list_models(pretrained=True) lists all; pretrained=False gives a random model)"
         )
     if tag is None:
         return next(iter(entries.values()))

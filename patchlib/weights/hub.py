@@ -333,7 +333,8 @@ def _reason(error: BaseException | None, revision: str) -> str:
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"the Hub refuses access ({error.response.status_code}); {login}"
         case errors.HfHubHTTPError():
-            return f"the Hub answers {error.response.status_code}; try again later"
+            said = " ".join((error.server_message or "nothing more").split())
+            return f"the Hub answers {error.response.status_code} ({said}); try again later"
         case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             return _reason(error.__cause__, revision)  # what the client met while it was forced, or saw no other way
     said = " ".join(str(error).split()) or "no answer"

@@ -1,7 +1,9 @@
 """From a checkpoint to a filled model: read, convert, adapt, and assign strictly."""
 
+import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PatchlibError, WeightsError
-from ..models.base import Model
+from ..errors import InputError, PatchlibError, WeightsError
+from ..models.base import ImageModel, Model, with_input_size
+from ..models.features import FeatureExtractor
 from . import files
 from .adapt import adapt
 from .formats import original, patchlib, timm, transformers
@@ -26,6 +29,10 @@ FORMATS: dict[str, ModuleType] = {
     "transformers": transformers,
     "original": original,
 }
+# What loaded weights may have; float8 and the like come with scales that are somewhere else.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Fields in which a model may differ from its checkpoint's config, because weights are adapted to them.
+_GEOMETRY = ("img_size", "patch_size", "in_chans", "patch_embed")
 
 
 @dataclass
@@ -41,7 +48,7 @@ class Checkpoint:
     """
 
     source: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     format: str | None = None
     model_class: Any = None
     config: Any = None
@@ -52,12 +59,14 @@ def read_checkpoint(
     source: str | Path,
     *,
     allow_pickle: bool = False,
+    config_only: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """Reads ``hf-hub:user/name[@revision]``, ``local-dir:folder`` or the path of a file or folder.
+    """Reads ``hf-hub:user/name[@revision]``, ``local-dir:folder`` or the path of a file or folder; with `config_only`
+    what it is, without its tensors.
 
     Raises:
         WeightsError: what is there cannot be read.
@@ -72,28 +81,33 @@ def read_checkpoint(
             token=token,
             local_files_only=local_files_only,
         )
-        return _read_folder(text, repo.file)
-    path = Path(text.removeprefix("local-dir:")).expanduser()
-    if path.is_dir():
-        return _read_folder(text, lambda name, optional=False: _local(path, name, optional))
+        loaded = _read_folder(text, repo.file, config_only)
+        loaded.info.setdefault("source", text)
+        return loaded
+    path = Path(os.path.expanduser(text.removeprefix("local-dir:")))
+    if os.path.isdir(path):
+        return _read_folder(text, lambda name, optional=False: _local(path, name, optional), config_only)
     if text.startswith("local-dir:"):
-        raise WeightsError(f"{text}: there is no folder {path}")
-    if not path.exists():
+        raise WeightsError(f"{text}: there is no such folder; check its name")
+    if not os.path.isfile(path):
         raise WeightsError(f"{text}: no such file; a source is a file, 'local-dir:folder' or 'hf-hub:user/name'")
     return Checkpoint(text, files.read_tensors(path, allow_pickle=allow_pickle))
 
 
 def _local(folder: Path, name: str, optional: bool) -> Path | None:
     path = folder / name
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     if optional:
         return None
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise WeightsError(f"{folder}: has no {name} (found: {found})")
+    try:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    except OSError as error:
+        raise WeightsError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+    raise WeightsError(f"{folder}: has no {name} (found: {found}); a saved model has one")
 
 
-def _read_folder(source: str, get: Callable[..., Path | None]) -> Checkpoint:
+def _read_folder(source: str, get: Callable[..., Path | None], config_only: bool) -> Checkpoint:
     path = get("config.json")
     assert path is not None
     content = files.read_json(path)
@@ -103,32 +117,29 @@ def _read_folder(source: str, get: Callable[..., Path | None]) -> Checkpoint:
             f"{path}: not a config that patchlib knows; it looks for 'format' (patchlib), "
             "'architecture' (timm) or 'model_type' (transformers)"
         )
-    try:
-        model_class, config, info = FORMATS[name].to_config(content)
-    except (WeightsError, ConfigError) as error:
-        raise type(error)(f"{path}: {error}") from error
-    except (PatchlibError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path}: a field is not what a {name} config has there ({error})") from error
+    model_class, config, info = _understand(path, content, FORMATS[name].to_config)
     if name == "transformers" and (extra := get("preprocessor_config.json", optional=True)):
-        info["preprocessing"] = transformers.preprocessing(files.read_json(extra))
-    info.setdefault("source", source)
+        info["preprocessing"] = _understand(extra, files.read_json(extra), transformers.preprocessing)
+    if config_only:
+        return Checkpoint(source, {}, name, model_class, config, info)
     if weights := get("model.safetensors", optional=True):
         return Checkpoint(source, files.read_tensors(weights), name, model_class, config, info)
     if index := get("model.safetensors.index.json", optional=True):
-        return Checkpoint(source, _read_shards(index, get), name, model_class, config, info)
+        return Checkpoint(source, files.read_shards(index, get), name, model_class, config, info)
     raise WeightsError(
         f"{source}: has no model.safetensors; a pickle beside it is read only when asked, "
         "as a file: create_model(name, checkpoint='….bin', allow_pickle=True)"
     )
 
 
-def _read_shards(index: Path, get: Callable[..., Path | None]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in files.shard_names(index):
-        shard = get(name)
-        assert shard is not None
-        tensors.update(files.read_tensors(shard))
-    return tensors
+def _understand(path: Path, content: dict[str, Any], convert: Callable[[dict[str, Any]], Any]) -> Any:
+    """What a JSON file means; an error names the file."""
+    try:
+        return convert(content)
+    except PatchlibError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise WeightsError(f"{path}: a field does not hold what it should ({error}); correct it") from error
 
 
 def fill(
@@ -157,34 +168,45 @@ def fill(
     """
     aims = targets(model)
     head = _head_names(model) if new_head else set()
-    wanted = [name for name in aims if name not in head]
-    tensors, missing, unexpected = _convert(model, checkpoint, wanted)
+    tensors, missing, unexpected = _convert(model, checkpoint, [name for name in aims if name not in head])
     if new_head:
         unexpected = [name for name in unexpected if not _is_head(model, checkpoint, name)]
-    owners = {name: _owner(model, name) for name in tensors}
-    tensors = {n: adapt(n, t, aims[n], owners[n], checkpoint.config) for n, t in tensors.items()}
+    mistyped = [f"{name} is {t.dtype}" for name, t in tensors.items() if not _fits_dtype(t, aims[name])]
+    if not mistyped and _may_adapt(model, checkpoint):
+        modules = dict(model.named_modules())
+        tensors = {n: adapt(n, t, aims[n], _owner(modules, n), checkpoint.config) for n, t in tensors.items()}
     misshapen = [
         f"{name} {tuple(t.shape)} for {tuple(aims[name].shape)}"
         for name, t in tensors.items()
         if t.shape != aims[name].shape
     ]
-    _refuse(checkpoint, model, missing, unexpected, misshapen)
+    _refuse(checkpoint, model, missing, unexpected, [*misshapen, *mistyped])
+    _refuse_unfilled(checkpoint, model, {*tensors, *head})
     if check_finite:
         _refuse_nan(checkpoint, tensors)
     with torch.no_grad():
-        tensors = {name: _typed(t, aims[name], dtype) for name, t in tensors.items()}
-        _assign(model, tensors)
+        _assign(model, aims, {name: _typed(t, aims[name], dtype) for name, t in tensors.items()})
         if head:
-            _draw_head(model, tensors)
-            log.warning("%s: new head for %d classes, not from the checkpoint", checkpoint.source, model.num_classes)
-    if left := [name for name, t in _all_tensors(model) if t.is_meta]:
-        raise WeightsError(
-            f"{checkpoint.source}: nothing fills {', '.join(left[:5])}; a block that computes buffers "
-            "in its constructor must save them (persistent=True) or compute them in forward"
-        )
-    model.info = {**checkpoint.info, **model.info}
-    if head:
-        model.info.pop("labels", None)
+            _draw_head(model, tensors, dtype)
+            log.warning("%s: the head is new, its weights are not from the checkpoint", checkpoint.source)
+    model.info = {**model.info, **_info_for(model, checkpoint, new_head)}
+
+
+def _may_adapt(model: Model, checkpoint: Checkpoint) -> bool:
+    """Whether the caller asked for another geometry than the checkpoint's; if not, weights must fit as they are."""
+    ours, theirs = model.config, checkpoint.config
+    return theirs is None or any(getattr(ours, name, None) != getattr(theirs, name, None) for name in _GEOMETRY)
+
+
+def _info_for(model: Model, checkpoint: Checkpoint, new_head: bool) -> dict[str, Any]:
+    """A copy of what is known of the weights, without what no longer holds for this model."""
+    info = copy.deepcopy(checkpoint.info)
+    if new_head:
+        info.pop("labels", None)
+    if isinstance(model, ImageModel) and checkpoint.config is not None:
+        resized = getattr(checkpoint.config, "img_size", None) != model.config.img_size
+        info = with_input_size(info, model.config.img_size) if resized else info
+    return info
 
 
 def targets(model: nn.Module) -> dict[str, Tensor]:
@@ -193,9 +215,29 @@ def targets(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
 
 
-def _all_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def unwrapped(model: nn.Module) -> Model:
+    """The model inside of what `features_only`, `torch.compile` and data-parallel training wrap around it.
+
+    Raises:
+        InputError: it is none of patchlib's.
+    """
+    inner: Any = model
+    while not isinstance(inner, Model):
+        if isinstance(inner, FeatureExtractor):
+            inner = inner.model
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            raise InputError(f"model: found {type(model).__name__}; allowed: a model of patchlib, or of a subclass")
+    return inner
+
+
+def number_of_classes(model: Model, checkpoint: Checkpoint) -> int | None:
+    """How many classes the classifier in a bare file has, as `model` would name it; None if it has none."""
+    tensors, *_ = _convert(model, checkpoint, ["head.fc.weight"])
+    return len(tensors["head.fc.weight"]) if tensors else None
 
 
 def _head_names(model: Model) -> set[str]:
@@ -216,8 +258,9 @@ def _tables(model: Model, checkpoint: Checkpoint) -> list[Table]:
 def _convert(model: Model, checkpoint: Checkpoint, wanted: list[str]) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """By the table that fits best: the one that leaves the fewest names over on both sides."""
     tensors = checkpoint.tensors
-    if tensors and all(name.startswith("module.") for name in tensors):  # saved from DataParallel
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # saved from DataParallel, torch.compile, or both
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
 
     def misfit(table: Table) -> int:
         names = [name for ours in wanted for name in table.names(ours)[0]]
@@ -226,14 +269,12 @@ def _convert(model: Model, checkpoint: Checkpoint, wanted: list[str]) -> tuple[d
     return min(_tables(model, checkpoint), key=misfit).to_ours(tensors, wanted)
 
 
-def _owner(model: nn.Module, name: str) -> Any:
+def _owner(modules: Mapping[str, nn.Module], name: str) -> Any:
     """The block that `adapt` is told of: the nearest enclosing one that knows its geometry."""
-    parts = name.split(".")[:-1]
-    module = model.get_submodule(".".join(parts))
-    while parts and not hasattr(module, "resize"):
-        parts = parts[:-1]
-        module = model.get_submodule(".".join(parts))
-    return module
+    path = name.rpartition(".")[0]
+    while path and not hasattr(modules[path], "resize"):
+        path = path.rpartition(".")[0]
+    return modules[path]
 
 
 def _refuse(
@@ -255,10 +296,32 @@ def _refuse(
     )
 
 
+def _refuse_unfilled(checkpoint: Checkpoint, model: Model, filled: set[str]) -> None:
+    """What a constructor computes would stay on the meta device, without a value."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    held += [
+        (f"{path}.{name}" if path else name, value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    if left := [name for name, t in held if t.is_meta and name not in filled]:
+        raise WeightsError(
+            f"{checkpoint.source}: nothing fills {', '.join(left[:5])} of {type(model).__name__}; a block that "
+            "computes tensors in its constructor must save them as persistent buffers, or compute them in forward"
+        )
+
+
+def _fits_dtype(tensor: Tensor, target: Tensor) -> bool:
+    return tensor.dtype in FLOATS if target.is_floating_point() else tensor.dtype == target.dtype
+
+
 def _refuse_nan(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if bad:
-        raise WeightsError(f"{checkpoint.source}: NaN or infinity in {', '.join(bad[:8])}; the checkpoint is damaged")
+        raise WeightsError(
+            f"{checkpoint.source}: NaN or infinity in {', '.join(bad[:8])}; the checkpoint is damaged; fetch it again"
+        )
 
 
 def _typed(tensor: Tensor, target: Tensor, dtype: torch.dtype | str | None) -> Tensor:
@@ -266,20 +329,20 @@ def _typed(tensor: Tensor, target: Tensor, dtype: torch.dtype | str | None) -> T
     if not target.is_meta:
         return tensor
     if dtype != "file" and tensor.is_floating_point():
-        tensor = tensor.to(torch.get_default_dtype() if dtype is None else dtype)  # type: ignore[arg-type]
+        tensor = tensor.to(torch.get_default_dtype() if dtype is None else dtype)
     if tensor.stride() != target.stride():
         moved = torch.empty_strided(target.shape, target.stride(), dtype=tensor.dtype)
         tensor = moved.copy_(tensor)
     return tensor
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _assign(model: nn.Module, aims: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Meta parameters are replaced, everywhere they are tied; real ones are overwritten."""
-    aims = targets(model)
     names = {id(target): name for name, target in aims.items()}
     placed: dict[str, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
             for key, old in held.items():
                 name = names.get(id(old))
                 if old is None or name is None or name not in tensors:
@@ -293,9 +356,10 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 held[key] = placed[name]
 
 
-def _draw_head(model: Model, tensors: Mapping[str, Tensor]) -> None:
+def _draw_head(model: Model, tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> None:
     """A classifier on the meta device comes to life, in the dtype of the rest; a real one stays as it stands."""
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    if dtype == "file":
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     for name in ("head.fc", "head.fc_dist"):
         layer = dict(model.named_modules()).get(name)
         if isinstance(layer, nn.Linear) and layer.weight.is_meta:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError, nearest
+from ..errors import ConfigError, WeightsError, nearest
 from ..models.base import Model
 from . import files, hub
 from .card import model_card
 from .formats import patchlib, timm
-from .load import targets
+from .load import FLOATS, targets, unwrapped
 
 SAVED_FORMATS = {"patchlib": patchlib, "timm": timm}
 
@@ -22,10 +22,11 @@ def save_pretrained(
 ) -> Path:
     """Writes ``config.json`` and ``model.safetensors``, from which the model is rebuilt without code.
 
-    Each file is written beside the old one and renamed, so a crash leaves the old one whole.
+    Both files are written beside the old ones, then renamed: what fails leaves the old ones as they were.
 
     Args:
-        model: any model of patchlib; for ``features_only=True`` models, what they wrap is saved.
+        model: any model of patchlib; of what `features_only`, `torch.compile` or data-parallel training wrap around
+            one, the inside is saved.
         folder: created if need be.
         format: ``"patchlib"``, or ``"timm"`` for a folder that timm itself loads.
         dtype: of floating weights on disk, the model's own if left out; batch norms stay in float32.
@@ -34,23 +35,31 @@ def save_pretrained(
         the folder.
 
     Raises:
-        WeightsError: the format cannot express this model, or weights are missing (meta device).
+        WeightsError: the format cannot express this model, weights are missing (meta device), `model.info` holds what
+            JSON does not, or the folder cannot be written.
+        InputError: it is no model of patchlib.
     """
-    model = getattr(model, "model", model)
+    model = unwrapped(model)
     if format not in SAVED_FORMATS:
         raise WeightsError(f"format: found {format!r}{nearest(format, SAVED_FORMATS)}")
     form = SAVED_FORMATS[format]
     tensors = targets(model)
     if meta := [name for name, t in tensors.items() if t.is_meta]:
         raise WeightsError(f"{type(model).__name__} has no weights yet (meta device): {', '.join(meta[:3])}, …")
-    content = json.dumps(form.from_model(model), indent=2, allow_nan=False)
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype: found {dtype!r}; allowed: None, {', '.join(map(str, FLOATS))}")
+    content = form.from_model(model)
+    try:
+        files.check_plain(content)
+    except ValueError as error:
+        raise WeightsError(f"model.info or model.config cannot be saved as JSON: {error}") from error
     exact = _batch_norm_names(model)
     tensors = {name: _stored(t, None if name in exact else dtype, name in exact) for name, t in tensors.items()}
     if format == "timm":
         tensors = timm.tables(model)[0].to_theirs(timm.conv_patches(model, tensors))
     folder = Path(folder)
-    files.write_tensors(folder / "model.safetensors", tensors)
-    files.write_text(folder / "config.json", content + "\n")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    files.write_files({folder / "model.safetensors": tensors, folder / "config.json": text})
     return folder
 
 
@@ -73,6 +82,7 @@ def push_to_hub(
     Raises:
         HubError: the Hub refuses or does not answer.
     """
+    model = unwrapped(model)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, format=format, dtype=dtype)
         files.write_text(Path(folder) / "README.md", model_card(model, repo_id))
@@ -82,7 +92,9 @@ def push_to_hub(
 def _stored(tensor: Tensor, dtype: torch.dtype | None, exact: bool) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.detach()
-    return tensor.detach().to(torch.float32 if exact else dtype or tensor.dtype)
+    if exact:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to(dtype or tensor.dtype)
 
 
 def _batch_norm_names(model: nn.Module) -> set[str]:

@@ -50,7 +50,7 @@ def main() -> None:
     catalog = {}
     for name in (name for family in index.values() for name in family["names"]):
         default = get_pretrained_cfg(name).tag if name in tagged else ""
-        order = sorted(tagged.get(name, []), key=lambda full: (full != f"{name}.{default}", full))  # noqa: B023
+        order = sorted(tagged.get(name, []), key=lambda full: (full != f"{name}.{default}", full))
         entries = {
             tag: kept for tag, kept in old.get(name, {}).items() if not kept["source"].startswith("hf-hub:timm/")
         }

@@ -41,6 +41,8 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     info = content.get("info", {})
     if not isinstance(info, dict):
         raise WeightsError(f"field 'info': found {type(info).__name__}; allowed: an object")
+    if not isinstance(info.get("preprocessing", {}), dict):
+        raise WeightsError(f"field 'info.preprocessing': found {info['preprocessing']!r:.80}; allowed: an object")
     try:
         model_class = find_model_class(content["model"])
     except UnknownNameError as error:
@@ -51,7 +53,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 def migrate(content: dict[str, Any]) -> dict[str, Any]:
     """A config.json of any earlier version in today's form."""
     version = content.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise WeightsError(
             f"field 'format_version': found {version!r}; allowed: 1 to {VERSION}; a newer one needs a newer patchlib"
         )

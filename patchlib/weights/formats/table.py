@@ -68,11 +68,15 @@ class Table(NamedTuple):
         for ours in wanted:
             names, op = self.names(ours)
             used.update(names)
-            if all(name in tensors for name in names):
-                found[ours] = op.to_ours([tensors[name] for name in names])
-            else:
-                absent = [name for name in names if name not in tensors]
+            if absent := [name for name in names if name not in tensors]:
                 missing.append(ours if absent == [ours] else f"{ours} (there: {', '.join(absent)})")
+                continue
+            theirs = [tensors[name] for name in names]
+            try:
+                found[ours] = op.to_ours(theirs)
+            except (RuntimeError, IndexError):  # their shapes do not go together
+                shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(names, theirs, strict=True))
+                missing.append(f"{ours} (there: {shapes})")
         unexpected = [name for name in tensors if name not in used and not re.fullmatch(self.ignored, name)]
         return found, missing, unexpected
 

@@ -77,9 +77,10 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         model_class, config = find_model(architecture)
     except UnknownNameError as error:
         raise WeightsError(f"field 'architecture': {error}") from error
-    details = content.get("pretrained_cfg") or {}
-    if not isinstance(details, Mapping):
-        raise WeightsError("field 'pretrained_cfg' must be an object")
+    details, arguments = content.get("pretrained_cfg") or {}, content.get("model_args") or {}
+    for field, value in (("pretrained_cfg", details), ("model_args", arguments)):
+        if not isinstance(value, Mapping):
+            raise WeightsError(f"field {field!r}: found {value!r:.80}; allowed: an object")
     input_size = details.get("input_size")
     if isinstance(input_size, (list, tuple)) and len(input_size) == 3:
         channels, height, width = input_size
@@ -87,7 +88,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     classes = content.get("num_classes", details.get("num_classes"))
     if classes is not None:
         config = config.replace(num_classes=classes)
-    config = _with_arguments(config, content.get("model_args") or {})
+    config = _with_arguments(config, arguments)
     info: dict[str, Any] = {"preprocessing": {key: details[key] for key in _PREPROCESSING if key in details}}
     if "license" in details:
         info["license"] = details["license"]
@@ -103,7 +104,13 @@ def _with_arguments(config: Any, arguments: Mapping[str, Any]) -> Any:
     for key, value in arguments.items():
         if key not in _ARGUMENTS:
             raise WeightsError(f"field 'model_args.{key}': patchlib cannot carry it over{nearest(key, _ARGUMENTS)}")
-        for field, change in _ARGUMENTS[key](value).items():
+        try:
+            changes = _ARGUMENTS[key](value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"field 'model_args.{key}': found {value!r:.80}, which patchlib does not know"
+            ) from error
+        for field, change in changes.items():
             overrides[field] = {**overrides.get(field, {}), **change} if isinstance(change, dict) else change
     pool = overrides.get("pool", {})
     if pool.get("kind") == "avg" != config.pool["kind"]:

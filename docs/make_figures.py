@@ -1,0 +1,277 @@
+"""Draws the pictures of these pages with the library itself:  python docs/make_figures.py [NAME …]
+
+Without names it draws all. The photograph is scikit-image's cat (Stéfan van der Walt, CC0).
+"""
+
+import argparse
+import io
+import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import skimage.data
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import ConnectionPatch, Rectangle
+from PIL import Image
+
+import patchlib
+from patchlib.layers.pos_embed import sinusoid
+
+DOCS = Path(__file__).parent
+BLUE, ORANGE, GREY = "#2f6fab", "#d9822b", "#555555"
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "figure.dpi": 110, "savefig.bbox": "tight", "savefig.pad_inches": 0.08,
+    "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "coolwarm",
+}  # fmt: skip
+
+
+def photograph(side: int) -> torch.Tensor:
+    """The cat, square: ``(3, side, side)``, from 0 to 1."""
+    whole = {"mean": 0.0, "std": 1.0, "crop_pct": 1.0, "input_size": (3, side, side)}
+    return patchlib.preprocess(whole)(Image.fromarray(skimage.data.chelsea()))[0]
+
+
+def show(ax: Axes, image: torch.Tensor, title: str = "") -> None:
+    ax.imshow(image.permute(1, 2, 0).clamp(0, 1))
+    ax.set_title(title)
+    ax.axis("off")
+
+
+def table(ax: Axes, values: torch.Tensor, title: str, *, texts: str = "", limit: float | None = None) -> None:
+    """A matrix as coloured cells, with numbers in them if `texts` is a format."""
+    limit = limit or float(values.abs().max()) or 1.0
+    ax.imshow(values, vmin=-limit, vmax=limit, aspect="equal")
+    ax.set_title(title)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(True)
+    if not texts:
+        return
+    for (i, j), value in np.ndenumerate(values.numpy()):
+        colour = "white" if abs(value) > 0.75 * limit else "black"
+        ax.text(j, i, format(float(value), texts), ha="center", va="center", fontsize=7, color=colour)
+    for i in range(values.shape[0] + 1):
+        ax.axhline(i - 0.5, color="white", linewidth=1)
+    for j in range(values.shape[1] + 1):
+        ax.axvline(j - 0.5, color="white", linewidth=1)
+
+
+def grid() -> plt.Figure:
+    """An image, its patches, the grid, and the two views of it."""
+    image = photograph(96)
+    patch_embed = patchlib.PatchEmbed(patch_size=16, dim=12)
+    torch.manual_seed(3)
+    patch_embed.proj.reset_parameters()
+    with torch.no_grad():
+        vectors = patch_embed(image[None])[0]  # (6, 6, 12)
+    vectors = vectors - vectors.mean((0, 1))
+    figure = plt.figure(figsize=(10.5, 4.6))
+    photo = figure.add_axes((0.0, 0.30, 0.20, 0.46))
+    show(photo, image, "image\n(batch, 3, 96, 96)")
+
+    cut = [figure.add_axes((0.265 + 0.036 * j, 0.694 - 0.082 * i, 0.033, 0.075)) for i in range(6) for j in range(6)]
+    for k, ax in enumerate(cut):
+        i, j = divmod(k, 6)
+        show(ax, image[:, 16 * i : 16 * i + 16, 16 * j : 16 * j + 16])
+        ax.text(1, 4, str(k), fontsize=5.5, color="white", bbox={"facecolor": "black", "pad": 0.6, "linewidth": 0})
+    figure.text(0.373, 0.79, "6 x 6 patches of 16 x 16 pixels", ha="center", fontsize=10)
+
+    limit = float(vectors.abs().max())
+    colours = plt.get_cmap("coolwarm")
+    box = figure.add_axes((0.562, 0.24, 0.2, 0.52))
+    box.set_xlim(-0.3, 9.6)
+    box.set_ylim(8.6, -3.2)
+    box.axis("off")
+    for c in range(12)[::-1]:
+        for i in range(6):
+            for j in range(6):
+                if c and i and j != 5:
+                    continue  # hidden behind the front
+                colour = colours(0.5 + float(vectors[i, j, c]) / (2 * limit))
+                place = (j + 0.27 * c, i - 0.27 * c)
+                box.add_patch(Rectangle(place, 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4, zorder=12 - c))
+    figure.text(0.65, 0.79, "grid\n(batch, 6, 6, dim)", ha="center", fontsize=10)
+    box.text(3, 6.9, "width", ha="center", fontsize=8, color=GREY)
+    box.text(-0.3, 3, "height", rotation=90, ha="right", va="center", fontsize=8, color=GREY)
+    box.text(8.3, 4.6, "dim", fontsize=8, color=GREY)
+
+    tokens = figure.add_axes((0.84, 0.60, 0.16, 0.2))
+    tokens.imshow(vectors.flatten(0, 1).T, vmin=-limit, vmax=limit, aspect="auto")
+    tokens.set_title("grid.flatten(1, 2): tokens\n(batch, 36, dim)", fontsize=9)
+    tokens.set_xticks([0, 35])
+    tokens.set_yticks([])
+    tokens.tick_params(labelsize=7)
+    figure.text(0.92, 0.42, "grid.permute(0, 3, 1, 2): channels\n(batch, dim, 6, 6)", ha="center", fontsize=9)
+    for c in range(6):
+        ax = figure.add_axes((0.842 + 0.053 * (c % 3), 0.27 - 0.13 * (c // 3), 0.048, 0.115))
+        ax.imshow(vectors[..., c], vmin=-limit, vmax=limit)
+        ax.axis("off")
+    figure.text(0.92, 0.10, "… one map for each of dim", ha="center", fontsize=8, color=GREY)
+
+    def pointer(start: tuple[float, float], end: tuple[float, float], text: str) -> None:
+        figure.add_artist(ConnectionPatch(start, end, "figure fraction", arrowstyle="-|>", color=GREY))
+        figure.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.03, text, ha="center", fontsize=8, color=GREY)
+
+    pointer((0.207, 0.53), (0.258, 0.53), "cut")
+    pointer((0.488, 0.53), (0.54, 0.53), "PatchEmbed")
+    pointer((0.775, 0.58), (0.83, 0.68), "")
+    pointer((0.775, 0.42), (0.83, 0.30), "")
+    figure.text(0.797, 0.50, "views,\nno copies", ha="center", va="center", fontsize=8, color=GREY)
+    return figure
+
+
+def positions_broadcast() -> plt.Figure:
+    """The table of positions: a column of patches against a row of frequencies."""
+    patches, dim = 6, 8
+    position = torch.arange(patches)[:, None].float()
+    frequency = (10_000.0 ** (-torch.arange(0, dim, 2) / dim)).repeat_interleave(2)
+    rows = sinusoid(torch.arange(patches), dim)
+    figure = plt.figure(figsize=(10.5, 6.2))
+    width, height = 0.27, 0.27 * 10.5 / 6.2 * patches / dim
+    upper, lower = 0.56, 0.09
+    column = figure.add_axes((0.04, upper, width, height))
+    table(column, position.expand(-1, dim), "position\n(patches, 1)", texts=".0f", limit=9)
+    line = figure.add_axes((0.37, upper, width, height))
+    table(line, frequency.expand(patches, -1), "frequency\n(dim,)", texts=".3g", limit=2)
+    angle = figure.add_axes((0.70, upper, width, height))
+    table(angle, position * frequency, "position * frequency\n(patches, dim)", texts=".3g", limit=9)
+    column.add_patch(Rectangle((0.5, -0.5), dim - 1, patches, facecolor="white", alpha=0.72, zorder=3))
+    line.add_patch(Rectangle((-0.5, 0.5), dim, patches - 1, facecolor="white", alpha=0.72, zorder=3))
+    column.add_patch(Rectangle((-0.5, -0.5), 1, patches, fill=False, linewidth=2, zorder=4, clip_on=False))
+    line.add_patch(Rectangle((-0.5, -0.5), dim, 1, fill=False, linewidth=2, zorder=4, clip_on=False))
+    column.set_ylabel("patches, in reading order", color=GREY)
+    for ax in (column, line):
+        ax.text((dim - 1) / 2 + 0.5, 2.5, "repeated", ha="center", va="center", fontsize=13, color=GREY, zorder=5)
+    column.annotate("", (7.3, 3.1), (0.6, 3.1), arrowprops={"arrowstyle": "-|>", "color": GREY}, zorder=5)
+    line.annotate("", (1.1, 5.4), (1.1, 0.6), arrowprops={"arrowstyle": "-|>", "color": GREY}, zorder=5)
+    for x, sign in ((0.34, "x"), (0.67, "=")):
+        figure.text(x, upper + height / 2, sign, ha="center", va="center", fontsize=16, color=GREY)
+
+    final = figure.add_axes((0.70, lower, width, height))
+    table(final, rows, "", texts=".2f", limit=1.35)
+    final.set_xticks(range(dim), ["sin", "cos"] * (dim // 2), fontsize=8)
+    final.tick_params(length=0)
+    final.set_xlabel("the table, (patches, dim)", fontsize=10)
+    figure.add_artist(
+        ConnectionPatch((0.835, upper - 0.008), (0.835, lower + height + 0.008), "figure fraction", arrowstyle="-|>", color=GREY)
+    )
+    figure.text(
+        0.04, lower + height / 2,
+        "The column has one entry a patch, the row one a place in the vector.\n"
+        "Multiplied, both are repeated until they are (patches, dim):\n"
+        "every patch meets every frequency.\n\n"
+        "Frequencies come in pairs. The sine of an angle goes to an even place,\n"
+        "its cosine to the odd place beside it.",
+        va="center", fontsize=10.5, linespacing=1.5,
+    )  # fmt: skip
+    return figure
+
+
+def positions_added() -> plt.Figure:
+    """Patches of a photograph, plus the table, for both samples of a batch."""
+    images = torch.stack([photograph(96), photograph(96).flip(-1)])
+    patch_embed = patchlib.PatchEmbed(16, dim=32)
+    positions = patchlib.SinusoidalPE(32)
+    with torch.no_grad():
+        tokens = patch_embed(images * 2 - 1).flatten(1, 2)
+        total = positions(tokens)
+    added = positions.table(tokens)
+    assert torch.equal(total, tokens + added)
+    figure = plt.figure(figsize=(10.5, 4.1))
+    width, height = 0.2, 0.66
+    columns = [(0.05, tokens), (0.40, added), (0.75, total)]
+    for x, values in columns:
+        layers = list(values) if values.dim() == 3 else [values]
+        for k, layer in reversed(list(enumerate(layers))):
+            ax = figure.add_axes((x + 0.018 * k, 0.13 + 0.035 * k, width, height))
+            ax.imshow(layer, vmin=-1.5, vmax=1.5, aspect="auto")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        ax.set_xlabel("dim", color=GREY)
+        ax.set_ylabel("patches", color=GREY)
+    heads = ["patches of two images\n(batch, patches, dim)", "table\n(patches, dim)", "what the blocks read"]
+    for (x, _), text in zip(columns, [*heads[:2], heads[2] + "\n(batch, patches, dim)"], strict=True):
+        figure.text(x + width / 2, 0.86, text, ha="center", fontsize=10)
+    for x, sign in ((0.337, "+"), (0.675, "=")):
+        figure.text(x, 0.47, sign, ha="center", va="center", fontsize=18, color=GREY)
+    figure.text(
+        0.5, 0.015, "The same table is added to every image of the batch: (patches, dim) has no batch axis, "
+        "and is repeated along it.", ha="center", color=GREY,
+    )  # fmt: skip
+    return figure
+
+
+def positions_waves() -> plt.Figure:
+    """The table of a 14 x 14 grid, as a picture and as curves."""
+    dim = 64
+    rows = sinusoid(torch.arange(196), dim)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.25), layout="constrained")
+    left.imshow(rows, vmin=-1.3, vmax=1.3, aspect="auto", interpolation="nearest")
+    left.set(title="table (196, 64)", xlabel="dim", ylabel="patch")
+    for place, colour in ((0, BLUE), (8, ORANGE), (20, "#4c9a52"), (40, "#9b59b6")):
+        wavelength = 2 * np.pi * 10_000 ** (place / dim)
+        right.plot(rows[:, place], color=colour, linewidth=1, label=f"place {place}: {wavelength:,.1f} patches a wave")
+    right.set(title="four columns of it: sines, slower and slower", xlabel="patch", xlim=(0, 195), ylim=(-1.1, 1.9))
+    right.legend(ncols=2, fontsize=8, frameon=False, loc="upper center")
+    return figure
+
+
+def positions_similarity() -> plt.Figure:
+    """How alike the position of one patch is to those of all others."""
+    dim, side, chosen = 64, 14, (4, 9)
+    cells = torch.zeros(1, side, side, dim)
+    line = patchlib.SinusoidalPE(dim).table(cells)
+    axial = patchlib.SinusoidalPE(dim, axes=2).table(cells)
+    angles = patchlib.RotaryPE(dim)((side, side)).view(side, side, -1)
+    turned = (angles - angles[chosen]).cos().mean(-1)  # of a query with itself, averaged over its pairs
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
+    titles = [
+        "SinusoidalPE(64)\ncounts patches in reading order",
+        "SinusoidalPE(64, axes=2)\nrow and column",
+        "RotaryPE(64)\nturns queries and keys",
+    ]
+    alike = [(t @ t[chosen]) / (dim / 2) for t in (line, axial)]
+    for ax, values, title in zip(axes, [*alike, turned], titles, strict=True):
+        shown = ax.imshow(values, vmin=0, vmax=1, cmap="viridis")
+        ax.add_patch(Rectangle((chosen[1] - 0.5, chosen[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=1.6))
+        ax.set_title(title)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="similarity to the framed patch")
+    return figure
+
+
+FIGURES: dict[str, Callable[[], plt.Figure]] = {
+    f.__name__: f
+    for f in (grid, positions_broadcast, positions_added, positions_waves, positions_similarity)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("--out", type=Path, default=DOCS / "images")
+    args = parser.parse_args()
+    mpl.use("agg")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name in args.names or FIGURES:
+            torch.manual_seed(0)
+            figure = FIGURES[name]()
+            drawn = io.BytesIO()
+            figure.savefig(drawn)
+            plt.close(figure)
+            Image.open(drawn).convert("RGB").save(args.out / f"{name}.png", optimize=True)
+            print(args.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
