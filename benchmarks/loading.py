@@ -2,8 +2,8 @@
 
     python -m benchmarks.loading --peers DIR/bin/python [--rounds 5]
 
-ViT-Base is created and filled from a local folder, timed until one element of every tensor has been read, and then until
-the first logits. `added import` is what a library's import costs in a process that has imported torch already.
+ViT-Base is created and filled from a local folder, timed until one element of every tensor has been read, and then
+until the first logits. `added import` is what a library's import costs where torch has been imported already.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 CLOCK = "import time, torch; torch.set_num_threads(2); now = time.perf_counter\n"
 LOAD = CLOCK + (
@@ -33,6 +32,10 @@ LOADERS = {
         "M.from_pretrained(folder + '/transformers')",
     ),
 }
+MAKE_OWN = (
+    "import sys, patchlib\n"
+    "patchlib.save_pretrained(patchlib.create_model('vit_base_patch16_224'), sys.argv[1] + '/patchlib')"
+)
 MAKE_PEERS = (
     "import sys, timm, transformers; from timm.models._hub import save_for_hf\n"
     "save_for_hf(timm.create_model('vit_base_patch16_224'), sys.argv[1] + '/timm', safe_serialization=True)\n"
@@ -53,8 +56,7 @@ def measure(peers: str, rounds: int) -> dict[str, dict[str, float]]:
     """Medians in seconds: ``{library: {import, load, logits}}``."""
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        own = f"import patchlib; patchlib.save_pretrained(patchlib.create_model('vit_base_patch16_224'), {folder!r} + '/patchlib')"
-        subprocess.run([sys.executable, "-c", own], check=True)
+        subprocess.run([sys.executable, "-c", MAKE_OWN, folder], check=True)
         subprocess.run([peers, "-c", MAKE_PEERS, folder], check=True, capture_output=True)
         for _ in range(rounds):
             for name, (imports, create) in LOADERS.items():
@@ -76,9 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     times = measure(args.peers, args.rounds)
     own = times["patchlib"]
-    print(
-        "| library | added import, ms | create + load ViT-Base, ms | to first logits, ms | load / patchlib's |\n|---|---|---|---|---|"
-    )
+    print("| library | added import, ms | create + load ViT-Base, ms | to first logits, ms | load / patchlib's |")
+    print("|---|---|---|---|---|")
     for name, row in times.items():
         cells = [f"{row[key] * 1e3:.1f}" if key in row else "" for key in ("import", "load", "logits")]
         ratio = f"{row['load'] / own['load']:.1f}" if "load" in row else ""

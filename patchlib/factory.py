@@ -101,7 +101,7 @@ def create_model(
             entry = find_weights(architecture, tag or None)
             config = config.replace(**entry.overrides)
             if pretrained and checkpoint is None and not random:
-                loaded = _from_catalog(entry, config, model_class, options)
+                loaded = _from_catalog(entry, model_class, config, options)
                 config = loaded.config
     if checkpoint is not None:
         loaded = read_checkpoint(checkpoint, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def create_model(
 
     config = config.replace(**overrides)
     if loaded is None or place.type == "meta":
-        if str(name).startswith(_SOURCES) or overrides:
+        if place.type != "meta" and (overrides or str(name).startswith(_SOURCES)):
             _refuse_giants(str(name), model_class, config)
         model = _build(str(name), model_class, config, place)
         if isinstance(dtype, torch.dtype):
@@ -216,7 +216,7 @@ def load_pretrained(
     if architecture in model_names() and not os.path.exists(source):
         model_class, config = find_model(architecture)
         entry = find_weights(architecture, tag or None)
-        loaded = _from_catalog(entry, config.replace(**entry.overrides), model_class, options)
+        loaded = _from_catalog(entry, model_class, config.replace(**entry.overrides), options)
     else:
         loaded = read_checkpoint(source, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
     _compare(loaded, type(inner), inner.config)
@@ -224,7 +224,7 @@ def load_pretrained(
     return model
 
 
-def _from_catalog(entry: Weights, config: Any, model_class: Any, options: dict[str, Any]) -> Checkpoint:
+def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[str, Any]) -> Checkpoint:
     """The weights of a catalogue entry; only the file is fetched, since the catalogue knows the rest."""
     from .weights.files import read_tensors
     from .weights.hub import HubRepo

@@ -331,7 +331,7 @@ def _typed(tensor: Tensor, target: Tensor, dtype: torch.dtype | str | None) -> T
     if dtype != "file" and tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype() if dtype is None else dtype)
     if tensor.stride() != target.stride():
-        moved = torch.empty_strided(target.shape, target.stride(), dtype=tensor.dtype)
+        moved = torch.empty_strided(target.shape, target.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = moved.copy_(tensor)
     return tensor
 

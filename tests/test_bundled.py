@@ -1,0 +1,57 @@
+"""The weights in the package: what their cards say holds."""
+
+import json
+
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+import patchlib
+from patchlib.weights.catalog import BUNDLED, find_weights, weights_of
+from patchlib.weights.hub import sha256_of
+
+NAMES = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_in_the_catalogue_with_its_hash_and_a_card(name):
+    entry = find_weights(*name.split(".", 1))
+    folder = entry.bundled_folder
+    assert folder == BUNDLED / name
+    assert sha256_of(folder / "model.safetensors") == entry.sha256
+    assert (folder / "model.safetensors").stat().st_size < 6_000_000
+    card = (folder / "README.md").read_text()
+    info = json.loads((folder / "config.json").read_text())["info"]
+    for key in ("data", "command", "score", "date", "license"):
+        assert str(info[key]) in card, key
+
+
+def test_the_default_weights_of_convmixer_16_are_bundled():
+    assert [entry.full_name for entry in weights_of("convmixer_16")] == ["convmixer_16.cats_dogs"]
+    folder = find_weights("convmixer_16", "cats_dogs").bundled_folder
+    assert (folder / "model.safetensors").stat().st_size < 4_000_000
+
+
+def test_a_cat_is_a_cat():
+    model = patchlib.create_model("convmixer_16", pretrained=True)
+    prepare = patchlib.preprocess(model)
+    with torch.no_grad():
+        logits = model(prepare(Image.fromarray(skimage.data.chelsea())))
+    assert model.info["labels"][int(logits.argmax())] == "cat"
+
+
+def test_the_card_holds_on_the_thousand_test_photographs(shared):
+    model = patchlib.create_model("convmixer_16", pretrained=True)
+    prepare, labels = patchlib.preprocess(model), model.info["labels"]
+    folder = shared / "cats_dogs_192" / "test"
+    files = [(path, labels.index(sub.name)) for sub in sorted(folder.iterdir()) for path in sorted(sub.iterdir())]
+    hits = 0
+    for start in range(0, len(files), 50):
+        part = files[start : start + 50]
+        with torch.no_grad():
+            found = model(prepare([Image.open(path) for path, _ in part])).argmax(dim=1)
+        hits += int((found == torch.tensor([label for _, label in part])).sum())
+    assert len(files) == 1000
+    # a photograph or two may lie so near the border that another machine's rounding moves it
+    assert abs(hits / len(files) - model.info["test_accuracy"]) <= 0.002
