@@ -137,7 +137,7 @@ def train(
     bar = tqdm(total=budget, initial=state["elapsed"], desc=f"{spec} lr {lr:g} seed {seed}", bar_format=layout)
     while state["elapsed"] < budget:
         model.train()
-        start, until = time.perf_counter(), budget * (len(state["history"]) + 1) / EVALUATIONS
+        start, until = time.perf_counter(), (state["elapsed"] * EVALUATIONS // budget + 1) * budget / EVALUATIONS
         while (now := state["elapsed"] + time.perf_counter() - start) < until:
             for group in optimizer.param_groups:  # warm-up, then a cosine to a tenth
                 group["lr"] = lr * min(1, 20 * now / budget) * (0.55 + 0.45 * math.cos(math.pi * now / budget))
@@ -160,7 +160,8 @@ def train(
         os.replace(folder / "last.tmp", last)
         bar.set_postfix_str(f"validation loss {state['history'][-1][1]:.3f}")
     bar.close()
-    result = {**run, **state, "best": min(value for _, value in state["history"]), "weights": f"local-dir:{folder}/best"}
+    best = min(value for _, value in state["history"])
+    result = {**run, **state, "best": best, "weights": f"local-dir:{folder}/best"}
     (folder / "result.json").write_text(json.dumps(result))
     last.unlink()
     return result

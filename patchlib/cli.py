@@ -83,7 +83,7 @@ def _list(args: argparse.Namespace) -> int:
         entries = [entry for name in names for entry in weights_of(name)]
         names = [entry.full_name for entry in entries]
         entries = [e for e in entries if fnmatchcase(e.full_name, pattern) or fnmatchcase(e.name, pattern)]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": e.full_name, "family": family_of(e.name), "license": e.license, "source": e.source}
             for e in entries
         ]
@@ -488,7 +488,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     command = add("predict", _predict, "say what is on images", "A wrong image is reported, the others are answered.")
     command.add_argument("name", metavar="NAME", help=weights)
     command.add_argument("images", metavar="IMAGE", nargs="+", help="image files; - for stdin")
-    command.add_argument("--top", type=_count, default=5, help="how many classes (default: 5)")
+    command.add_argument("--top", type=_count, default=5, metavar="N", help="how many classes (default: 5)")
 
     command = add(
         "convert", _convert, "write weights to a folder, in another format or precision",

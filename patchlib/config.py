@@ -149,12 +149,13 @@ def group(**members: Any) -> Any:
 
 def kind(role: str, default: Any, *, shared: tuple[str, ...] = (), optional: bool = False) -> Any:
     """A registered kind of block with its options: ``"name"`` or ``{"kind": name, **options}``.
-    Options in `shared` are not the block's own but of what holds it, see `_SHARED`."""
+    Options in `shared` are not the block's own but of what holds it, see `_SHARED`; they keep their defaults."""
+    kept = {key: value for key, value in (default or {}).items() if key in shared}
 
     def check(where: str, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and "kind" not in value and default:
             value = {**default, **value}
-        spec = block_spec(role, where, value, shared)
+        spec = kept | block_spec(role, where, value, shared)
         checks = {key: _SHARED[key] for key in shared if key in spec and key in _SHARED}
         return spec | {key: check(f"{where}.{key}", spec[key]) for key, check in checks.items()}
 

@@ -63,9 +63,9 @@ class Attention(nn.Module):
         return (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-1)
 
     def _qkv(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x.flatten(1, -2)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x.flatten(1, -2)), "b n (three h d) -> three b n h d", three=3, h=self.heads)
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        return q, k, v
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

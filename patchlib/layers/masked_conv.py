@@ -60,18 +60,22 @@ class CausalDepthwiseConv(nn.Module):
         """How many tokens before a cell the kernel reaches back, on a grid of this width."""
         return self.rows * width + self.reach
 
-    def step(self, history: Tensor, width: int) -> Tensor:
+    def taps(self, width: int) -> Tensor:
+        """Where the taps are in the newest ``before(width) + 1`` cells of a grid of this width."""
+        starts = torch.arange(self.rows + 1, device=self.weight.device)[:, None] * width
+        columns = torch.arange(2 * self.reach + 1, device=self.weight.device)
+        return (starts + columns).flatten()[: self.weight.shape[1]]
+
+    def step(self, history: Tensor, taps: Tensor) -> Tensor:
         """One cell's output.
 
         Args:
             history: ``(batch, before(width) + 1, dim)``, the newest cells, oldest first, with zeros before the first.
-            width: of the grid.
+            taps: from `taps`.
 
         Returns:
             ``(batch, dim)``.
         """
-        starts = torch.arange(self.rows + 1, device=history.device)[:, None] * width
-        taps = (starts + torch.arange(2 * self.reach + 1, device=history.device)).flatten()[: self.weight.shape[1]]
         mixed = torch.einsum("btd,dt->bd", history[:, taps], self.weight)
         return mixed if self.bias is None else mixed + self.bias
 
@@ -144,12 +148,12 @@ class CausalConvNeXtBlock(ConvNeXtBlock):
         )
         return grid + self.fc2(self.grn(hidden)), cache
 
-    def step(self, x: Tensor, cache: BlockCache, place: int, width: int) -> tuple[Tensor, BlockCache]:
-        """The next cell ``(batch, dim)``, which is number `place` on a grid of this width, and the cache after it."""
+    def step(self, x: Tensor, cache: BlockCache, taps: Tensor, new_row: bool) -> tuple[Tensor, BlockCache]:
+        """The next cell ``(batch, dim)``, which may begin a row, and the cache after it; `taps` are the convolution's."""
         history, above, row = cache
-        if place % width == 0:
+        if new_row:
             above, row = above + row, torch.zeros_like(row)
         history = torch.cat([history, x[:, None]], dim=1)
-        hidden = self.act(self.fc1(self.norm(self.depthwise.step(history, width))))
+        hidden = self.act(self.fc1(self.norm(self.depthwise.step(history, taps))))
         x = x + self.fc2(self.grn.respond(hidden, self.grn.root(above)))
         return x, BlockCache(history[:, 1:], above, row + energy(hidden[:, None], 1))

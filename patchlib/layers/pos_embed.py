@@ -146,10 +146,9 @@ class RotaryPE(nn.Module):
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turns each pair ``(x[i], x[i + head_dim / 2])`` by its angle.
 
-    Shape: ``(batch, heads, tokens, head_dim)`` and ``(tokens, head_dim / 2)`` or ``(batch, tokens, head_dim / 2)``.
+    Shape: ``(batch, tokens, heads, head_dim)`` and ``(tokens, head_dim / 2)`` or ``(batch, tokens, head_dim / 2)``.
     """
-    if angles.dim() == 3:
-        angles = angles[:, None]
+    angles = angles[..., None, :]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

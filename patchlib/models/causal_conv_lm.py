@@ -138,9 +138,10 @@ class CausalConvLM(LanguageModel):
         check_ids(ids, self.config.vocab_size, 1)
         if len(ids) != (batch := len(cache.blocks[0].history)):
             raise InputError(f"ids: found a batch of {len(ids)}; allowed: {batch}, as many as the cache has")
-        x, caches = F.embedding(ids[:, 0], self.tokens), []
+        x, caches, width = F.embedding(ids[:, 0], self.tokens), [], self.config.grid_width
+        taps, new_row = self.blocks[0].depthwise.taps(width), cache.length % width == 0
         for block, before in zip(self.blocks, cache.blocks, strict=True):
-            x, after = block.step(x, before, cache.length, self.config.grid_width)
+            x, after = block.step(x, before, taps, new_row)
             caches.append(after)
         return self._head(x), ConvCache(cache.length + 1, tuple(caches))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MAX_CLASSES, MAX_DIM, BaseConfig, choice, integer, plain
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError, InputError, UnknownNameError
 from ..layers.pool import AvgPool
 from ..layers.token_image import TokenImageEncoder
 from ..registry import find_model
@@ -130,16 +130,19 @@ class ConvNeXtV2LM(LanguageModel):
         model_class, trunk_config = _trunk_config(
             "ConvNeXtV2LMConfig.trunk", config.trunk, img_size=image, in_chans=config.channels, num_classes=0
         )
-        self.trunk = model_class(trunk_config)
+        try:
+            self.trunk = model_class(trunk_config)
+            rows, columns = _last_grid(self.trunk, image)
+        except InputError as error:  # what would be wrong with an image is wrong with the config here
+            raise ConfigError(f"ConvNeXtV2LMConfig.trunk.patch_size: {error}") from error
         self.trunk.head = nn.Identity()  # the readout reads the grid
-        rows, columns = grid = _last_grid(self.trunk, image)
         width = self.trunk.num_features
         if config.readout == "pool":
             self.readout: nn.Module = PoolReadout(width, config.dim)
         elif config.dim % (rows * columns):
             raise ConfigError(
                 f"ConvNeXtV2LMConfig.readout: 'upsample' spreads an embedding of {config.dim} over the positions, and "
-                f"the trunk's last grid has {grid[0]} x {grid[1]}; allowed: a divisor; or use readout='pool'"
+                f"the trunk's last grid has {rows} x {columns}; allowed: a divisor; or use readout='pool'"
             )
         else:
             self.readout = UpsampleReadout(width, config.dim // (rows * columns))
@@ -159,15 +162,15 @@ def _last_grid(model: ImageModel, image: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the trunk's output."""
     embed = model.patch_embed
     for length, patch, stride in zip(image, embed.patch_size, embed.stride, strict=True):
-        if length < patch or (embed.remainder == "error" and (length - patch) % stride):
-            raise ConfigError(
-                f"ConvNeXtV2LMConfig.trunk.patch_size: patches of {patch} pixels do not cover an image of "
-                f"{image[0]} x {image[1]}; choose another, or patch_embed={{'remainder': 'drop'}}"
+        if embed.remainder == "error" and (length - patch) % stride:
+            raise InputError(
+                f"patches of {patch} pixels do not cover an image of {image[0]} x {image[1]}; choose another, "
+                "or patch_embed={'remainder': 'drop'}"
             )
     merged = model.reductions[-1] // embed.stride[0]
     rows, columns = (cells // merged for cells in embed.grid_size(image))
     if not rows * columns:
-        raise ConfigError(f"ConvNeXtV2LMConfig.trunk: {model.reductions[-1]} pixels a cell, and the image has {image}")
+        raise InputError(f"{model.reductions[-1]} pixels make one cell, and the image has {image[0]} x {image[1]}")
     return rows, columns
 
 

@@ -64,11 +64,11 @@ class Reference:
 
 
 def reference_input(model: Model) -> Tensor:
-    """The input whose output is compared: of integers alone, so that it is the same bits everywhere.
+    """The input whose output is compared: from integers, not random numbers, so that any library makes the same bits.
 
-    With ``i`` counting the elements in row-major order from 0: images are ``(i * i % 1009) / 504 - 1``, of the shape
-    ``(1, in_chans, height, width)`` that the config says; token ids are ``i * i % vocab_size``, as many as the model
-    can read, ``(1, context)``.
+    With ``i`` counting the elements in row-major order from 0: images are ``(i * i % 1009) / 504 - 1`` rounded to
+    float32, of the shape ``(1, in_chans, height, width)`` that the config says; token ids are
+    ``i * i % vocab_size``, as many as the model can read, ``(1, context)``.
     """
     if isinstance(model, LanguageModel):
         i = torch.arange(model.context)
@@ -76,7 +76,7 @@ def reference_input(model: Model) -> Tensor:
     side = model.config.img_size
     shape = (1, model.config.in_chans, *((side, side) if isinstance(side, int) else side))
     i = torch.arange(math.prod(shape))
-    return ((i * i % 1009).float() / 504 - 1).reshape(shape)
+    return ((i * i % 1009).double() / 504 - 1).float().reshape(shape)
 
 
 def reference_output(model: Model) -> Tensor:

@@ -172,8 +172,8 @@ def test_learned_positions_say_what_they_need():
 
 
 def test_rotation_is_a_complex_product():
-    x, angles = torch.randn(2, 3, 5, 8), torch.randn(5, 4)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4), angles)
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(5, 4)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 4), angles)[:, None]
     found = rotate(x, angles)
     assert torch.allclose(found, torch.cat([turned.real, turned.imag], dim=-1), atol=1e-6)
     assert torch.allclose(found.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
@@ -181,7 +181,7 @@ def test_rotation_is_a_complex_product():
 
 
 def test_each_sample_may_have_angles_of_its_own():
-    x, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 4)
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 4)
     wanted = torch.stack([rotate(x[i : i + 1], angles[i])[0] for i in range(2)])
     assert torch.equal(rotate(x, angles), wanted)
 
@@ -200,8 +200,8 @@ def test_products_of_queries_and_keys_depend_on_the_offset_alone():
     angles = RotaryPE(16)((height, width))
     q, k = torch.randn(16), torch.randn(16)
     tokens = height * width
-    queries = rotate(q.expand(1, 1, tokens, 16), angles)[0, 0].view(height, width, 16)
-    keys = rotate(k.expand(1, 1, tokens, 16), angles)[0, 0].view(height, width, 16)
+    queries = rotate(q.expand(1, tokens, 1, 16), angles)[0, :, 0].view(height, width, 16)
+    keys = rotate(k.expand(1, tokens, 1, 16), angles)[0, :, 0].view(height, width, 16)
     for down, right in ((0, 0), (1, 0), (0, 2), (3, 1)):
         products = (queries[: height - down, : width - right] * keys[down:, right:]).sum(-1)
         assert torch.allclose(products, products[0, 0].expand_as(products), atol=1e-4)

@@ -9,8 +9,32 @@ from .table import CONCAT_3, Rule, Table
 
 
 def _vit(prefix: str, head: str = "classifier") -> Table:
+    """The names on disk."""
     layer = f"{prefix}encoder.layer.{{i}}."
-    qkv = tuple(f"{layer}attention.attention.{name}.{{p}}" for name in ("query", "key", "value"))
+    attention = f"{layer}attention.attention."
+    return _vit_names(
+        prefix,
+        head,
+        layer,
+        qkv=(f"{attention}query.{{p}}", f"{attention}key.{{p}}", f"{attention}value.{{p}}"),
+        names=("attention.output.dense", "intermediate.dense", "output.dense"),
+    )
+
+
+def _vit_in_memory(prefix: str, head: str = "classifier") -> Table:
+    """The names that `state_dict` gives since version 5."""
+    layer = f"{prefix}layers.{{i}}."
+    return _vit_names(
+        prefix,
+        head,
+        layer,
+        qkv=tuple(f"{layer}attention.{name}_proj.{{p}}" for name in "qkv"),
+        names=("attention.o_proj", "mlp.fc1", "mlp.fc2"),
+    )
+
+
+def _vit_names(prefix: str, head: str, layer: str, qkv: tuple[str, ...], names: tuple[str, ...]) -> Table:
+    proj, fc1, fc2 = names
     return Table(
         (
             Rule("cls_token", f"{prefix}embeddings.cls_token"),
@@ -19,10 +43,10 @@ def _vit(prefix: str, head: str = "classifier") -> Table:
             Rule("patch_embed.proj.{p}", f"{prefix}embeddings.patch_embeddings.projection.{{p}}"),
             Rule("blocks.{i}.norm1.{p}", f"{layer}layernorm_before.{{p}}"),
             Rule("blocks.{i}.attn.qkv.{p}", qkv, CONCAT_3),
-            Rule("blocks.{i}.attn.proj.{p}", f"{layer}attention.output.dense.{{p}}"),
+            Rule("blocks.{i}.attn.proj.{p}", f"{layer}{proj}.{{p}}"),
             Rule("blocks.{i}.norm2.{p}", f"{layer}layernorm_after.{{p}}"),
-            Rule("blocks.{i}.mlp.fc1.{p}", f"{layer}intermediate.dense.{{p}}"),
-            Rule("blocks.{i}.mlp.fc2.{p}", f"{layer}output.dense.{{p}}"),
+            Rule("blocks.{i}.mlp.fc1.{p}", f"{layer}{fc1}.{{p}}"),
+            Rule("blocks.{i}.mlp.fc2.{p}", f"{layer}{fc2}.{{p}}"),
             Rule("norm.{p}", f"{prefix}layernorm.{{p}}"),
             Rule("head.fc.{p}", f"{head}.{{p}}"),
             Rule("head.fc_dist.{p}", "distillation_classifier.{p}"),
@@ -32,7 +56,9 @@ def _vit(prefix: str, head: str = "classifier") -> Table:
 
 
 TABLES: dict[str, tuple[Table, ...]] = {
-    "ViT": (_vit("vit."), _vit(""), _vit("deit.", "cls_classifier")),
+    "ViT": tuple(
+        form(*names) for form in (_vit, _vit_in_memory) for names in (("vit.",), ("",), ("deit.", "cls_classifier"))
+    ),
 }
 
 
