@@ -77,19 +77,17 @@ SWEPT = ("convmixer_768_32", "convmixer_16", "convmixer_256_8", "convnextv2_tiny
 # (cols, block, lanes, warps) by bytes of an element
 FORWARD_TILES = {
     2: (
-        *((8, 64, 8, 2), (8, 64, 8, 4), (8, 64, 8, 8), (4, 64, 8, 4), (8, 32, 8, 4), (8, 128, 8, 4), (8, 64, 4, 2)),
-        *((8, 64, 4, 4), (8, 64, 4, 8), (8, 128, 4, 4), (16, 64, 4, 4), (16, 128, 4, 4), (4, 64, 4, 4), (8, 64, 2, 4)),
-        *((16, 64, 2, 4), (16, 64, 2, 8)),
+        *((8, 64, 8, 2), (8, 64, 8, 4), (8, 64, 8, 8), (4, 64, 8, 4), (8, 128, 8, 4), (8, 64, 4, 2), (8, 64, 4, 4)),
+        *((8, 64, 4, 8), (8, 128, 4, 4), (16, 64, 4, 4), (4, 64, 4, 4), (8, 64, 2, 4), (16, 64, 2, 4)),
     ),
-    4: ((8, 64, 4, 4), (8, 32, 4, 4), (4, 64, 4, 4), (8, 128, 4, 4), (8, 64, 2, 4), (16, 64, 2, 4), (16, 64, 2, 8)),
+    4: ((8, 64, 4, 4), (8, 32, 4, 4), (4, 64, 4, 4), (8, 128, 4, 4), (8, 64, 2, 4), (16, 64, 2, 4)),
 }
 WEIGHT_TILES = {
     2: (
-        *((8, 64, 8, 1), (8, 64, 8, 2), (8, 128, 8, 1), (8, 128, 8, 2), (8, 128, 8, 4), (4, 64, 8, 2), (8, 256, 8, 1)),
-        *((8, 64, 4, 1), (8, 64, 4, 2), (8, 64, 4, 4), (8, 128, 4, 2), (8, 128, 4, 4), (16, 64, 4, 2), (16, 64, 4, 4)),
-        *((8, 64, 2, 4), (8, 64, 2, 8)),
+        *((8, 64, 8, 1), (8, 64, 8, 2), (8, 128, 8, 1), (8, 128, 8, 2), (8, 128, 8, 4), (8, 256, 8, 1), (4, 64, 8, 2)),
+        *((8, 64, 4, 1), (8, 64, 4, 2), (8, 64, 4, 4), (8, 128, 4, 4), (16, 64, 4, 4), (8, 64, 2, 4), (8, 64, 2, 8)),
     ),
-    4: ((8, 32, 4, 1), (8, 32, 4, 2), (8, 64, 4, 2), (8, 64, 4, 4), (8, 128, 4, 4), (8, 64, 2, 4), (8, 64, 2, 8)),
+    4: ((8, 32, 4, 1), (8, 32, 4, 2), (8, 64, 4, 2), (8, 64, 4, 4), (8, 128, 4, 4), (8, 64, 2, 4)),
 }
 PROGRAMS = (512, 1024, 2048, 4096)
 
@@ -207,6 +205,36 @@ def compile_tile(kind: str, dtype: torch.dtype, kernel: int, tile: tuple[int, ..
     torch.cuda.synchronize()
 
 
+CHECKED = (
+    *((2, 64, 32, 32, 7, 7), (3, 96, 14, 9, 7, 7), (2, 512, 12, 12, 9, 9), (5, 40, 13, 21, 5, 3), (1, 64, 1, 1, 3, 3)),
+    *((2, 33, 8, 8, 3, 3), (4, 768, 7, 7, 7, 7), (2, 64, 16, 16, 4, 4), (2, 32, 65, 65, 5, 5)),
+)
+
+
+def errors(case: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Relative errors against float64, ours and cuDNN's, for (batch, channels, height, width, kernel, kernel)."""
+    batch, channels, height, width, *kernel = case
+    pads = [(k - 1) // 2 for k in kernel]
+    torch.manual_seed(sum(case))
+    x = torch.randn((batch, channels, height, width), device="cuda").to(dtype)
+    weight = (torch.randn((channels, 1, *kernel), device="cuda") / kernel[0]).to(dtype)
+    bias, scale, shift = (torch.randn(channels, device="cuda").to(dtype) for _ in range(3))
+    size = [n + 2 * p - k + 1 for n, p, k in zip((height, width), pads, kernel, strict=True)]
+    grad = torch.randn((batch, channels, *size), device="cuda").to(dtype)
+
+    def run(route: ops.Route, to: torch.dtype) -> tuple[Tensor, ...]:
+        leaf_x, leaf_weight = (t.to(to).requires_grad_() for t in (x.detach(), weight.detach()))
+        y = ops.depthwise_conv2d(leaf_x, leaf_weight, bias.to(to), 1, pads, route=route)
+        into = torch.autograd.grad(y, (leaf_x, leaf_weight), grad.to(to))
+        with torch.no_grad():
+            affine = (bias.to(to), scale.to(to), shift.to(to))
+            return y.detach(), *into, ops.depthwise_gelu_affine(leaf_x, leaf_weight, *affine, pads, route=route)
+
+    want, ours, theirs = run(ops.TORCH, torch.float64), run(ops.TRITON, dtype), run(ops.TORCH, dtype)
+    names = ("forward", "input", "weight", "fused")
+    return {n: (relative(a, w), relative(b, w)) for n, a, b, w in zip(names, ours, theirs, want, strict=True)}
+
+
 class Cuda:
     """The run on a GPU, in steps that each survive the failure of one configuration."""
 
@@ -256,7 +284,8 @@ class Cuda:
 
         def fitted(tiles: Any) -> list[tuple[int, ...]]:
             fit = self.kernels._fitted
-            found = [tuple(fit(self.kernels.Tile(*t), shape.channels, shape.side)) for t in tiles]
+            sizes = (shape.channels, shape.side, shape.kernel)
+            found = [tuple(fit(self.kernels.Tile(*t), *sizes)) for t in tiles]
             return [t for t in dict.fromkeys(found) if 32 * t[3] * t[2] >= t[1]]
 
         size = dtype.itemsize
@@ -266,83 +295,55 @@ class Cuda:
         half = [(self.shapes[name], torch.bfloat16) for name in SWEPT]
         return [*half, (self.shapes["convmixer_768_32"], torch.float32)]
 
+    def compared(self) -> list[tuple[Shape, torch.dtype]]:
+        rows = [(shape, torch.bfloat16) for shape in CUDA_SHAPES]
+        return rows + [(self.shapes[name], dtype) for dtype in (torch.float32, torch.float16) for name in SWEPT[:4]]
+
+    def side_by_side(self, work: Callable[..., Any], tasks: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], Any]:
+        """`work` of every task, in other processes; what failed is noted and left out."""
+        done = {}
+        with ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = {pool.submit(work, *task): task for task in tasks}
+            for job in as_completed(jobs):
+                result = self.attempt(f"{work.__name__} {jobs[job]}", job.result)
+                if job.exception() is None:
+                    done[jobs[job]] = result
+        return done
+
     def compile(self) -> None:
         tasks: dict[tuple[Any, ...], None] = {}
         for shape, dtype in self.swept():
             for kind, tiles in self.tiles(shape, dtype).items():
                 for tile in tiles:
                     tasks[(kind, dtype, shape.kernel, tile, False)] = None
-        for shape, dtype in itertools.product(CUDA_SHAPES, (torch.bfloat16, torch.float16, torch.float32)):
-            fit, size = self.kernels._fitted, dtype.itemsize
-            forward = tuple(fit(self.kernels.FORWARD[size], shape.channels, shape.side))
-            weight = tuple(fit(self.kernels.WEIGHT_GRAD[size], shape.channels, shape.side))
-            for bias in (True, False):
-                tasks[("forward", dtype, shape.kernel, forward, bias)] = None
-            tasks[("weight", dtype, shape.kernel, weight, False)] = None
+        for shape, dtype in self.compared():
+            size, fit = dtype.itemsize, (shape.channels, shape.side, shape.kernel)
+            forward = tuple(self.kernels._fitted(self.kernels.FORWARD[size], *fit))
+            weight = tuple(self.kernels._fitted(self.kernels.WEIGHT_GRAD[size], *fit))
+            for task in (("forward", forward, True), ("forward", forward, False), ("weight", weight, False)):
+                tasks[(task[0], dtype, shape.kernel, *task[1:])] = None
         start = time.perf_counter()
-        failed = 0
-        with ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = {pool.submit(compile_tile, *task): task for task in tasks}
-            for job in as_completed(jobs):
-                error = job.exception()
-                if error is not None:
-                    failed += 1
-                    self.results["errors"].append({"what": f"compile {jobs[job]}", "error": repr(error)[:400]})
-        print(
-            f"compiled {len(tasks) - failed} of {len(tasks)} kernels in {time.perf_counter() - start:.0f} s", flush=True
-        )
+        done = self.side_by_side(compile_tile, list(tasks))
+        print(f"compiled {len(done)} of {len(tasks)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
 
     def check(self) -> None:
-        """The largest relative errors against float64, ours and cuDNN's, over awkward shapes."""
-        print("\nerrors against float64: ours / cuDNN's (forward, input gradient, weight gradient, fused)")
-        cases = [
-            *((2, 64, 32, 32, 7, 7), (3, 96, 14, 9, 7, 7), (2, 512, 12, 12, 9, 9), (5, 40, 13, 21, 5, 3)),
-            *(
-                (1, 64, 1, 1, 3, 3),
-                (2, 33, 8, 8, 3, 3),
-                (4, 768, 7, 7, 7, 7),
-                (2, 64, 16, 16, 4, 4),
-                (2, 32, 65, 65, 5, 5),
-            ),
-        ]
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            worst: dict[str, list[float]] = {}
-            for case in cases:
-                made = self.attempt(f"check {case} {dtype}", partial(self.errors, case, dtype))
-                for name, pair in (made or {}).items():
-                    old = worst.setdefault(name, [0.0, 0.0])
-                    worst[name] = [max(a, b) if b == b else float("nan") for a, b in zip(old, pair, strict=True)]
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        done = self.side_by_side(errors, list(itertools.product(CHECKED, dtypes)))
+        print(f"\nworst errors against float64, ours/cuDNN's, over {len(done)} of {len(CHECKED) * len(dtypes)} cases")
+        for dtype in dtypes:
+            found = [done[key] for key in done if key[1] == dtype]
+            worst = {
+                name: [max((e[name][who] for e in found), key=lambda v: (v != v, v)) for who in (0, 1)]
+                for name in (found[0] if found else ())
+            }
             self.results["checks"].append({"dtype": str(dtype), "worst": worst})
             print(f"  {str(dtype)[6:]:9}", "  ".join(f"{k} {a:.1e}/{b:.1e}" for k, (a, b) in worst.items()), flush=True)
-
-    def errors(self, case: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-        batch, channels, height, width, *kernel = case
-        pads = [(k - 1) // 2 for k in kernel]
-        x = torch.randn((batch, channels, height, width), device="cuda").to(dtype)
-        weight = (torch.randn((channels, 1, *kernel), device="cuda") / kernel[0]).to(dtype)
-        bias, scale, shift = (torch.randn(channels, device="cuda").to(dtype) for _ in range(3))
-
-        def run(route: ops.Route, *inputs: Tensor) -> tuple[Tensor, ...]:
-            x, weight, bias = (t.detach().requires_grad_() for t in inputs)
-            y = ops.depthwise_conv2d(x, weight, bias, 1, pads, route=route)
-            torch.manual_seed(0)
-            grad = torch.randn(y.shape, device="cuda").to(dtype).to(y.dtype)
-            with torch.no_grad():
-                fused = ops.depthwise_gelu_affine(
-                    x, weight, bias, scale.to(x.dtype), shift.to(x.dtype), pads, route=route
-                )
-            return y.detach(), *torch.autograd.grad(y, (x, weight), grad), fused
-
-        want = run(ops.TORCH, x.double(), weight.double(), bias.double())
-        ours, theirs = run(ops.TRITON, x, weight, bias), run(ops.TORCH, x, weight, bias)
-        names = ("forward", "input", "weight", "fused")
-        return {n: (relative(a, w), relative(b, w)) for n, a, b, w in zip(names, ours, theirs, want, strict=True)}
 
     def sweep(self) -> None:
         print("\nbest tiles (cols, block, lanes, warps): milliseconds")
         kernels = self.kernels
         for shape, dtype in self.swept():
-            if self.late(0.5):
+            if self.late(0.6):
                 self.results["errors"].append({"what": f"sweep {shape.name}", "error": "no time left"})
                 continue
             x, weight, grad = shape.tensors(dtype, "cuda", True)
@@ -392,9 +393,7 @@ class Cuda:
         kernels = self.kernels
         defaults = dict(kernels.FORWARD), dict(kernels.WEIGHT_GRAD)
         print("\nmilliseconds: cuDNN contiguous / cuDNN channels_last / ours by default / ours with the best tiles")
-        order = [(s, torch.bfloat16) for s in CUDA_SHAPES]
-        order += [(self.shapes[n], d) for d in (torch.float32, torch.float16) for n in SWEPT[:4]]
-        for shape, dtype in order:
+        for shape, dtype in self.compared():
             if self.late():
                 self.results["errors"].append({"what": f"compare {shape.name} {dtype}", "error": "no time left"})
                 continue
@@ -459,7 +458,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.device == "cuda":
-        Cuda(args.seconds or 300.0, args.workers, args.out).run()
+        Cuda(args.seconds or 320.0, args.workers, args.out).run()
         return
     torch.set_num_threads(args.threads)
     results = cpu(args.rounds, args.seconds or 3.0)

@@ -7,7 +7,6 @@ import inspect
 import io
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,13 +96,13 @@ def command_help(*arguments: str) -> str:
     from patchlib.cli import main
 
     printed = io.StringIO()
+    terminal = {"COLUMNS": "88", "NO_COLOR": "1"}
     with (
-        mock.patch.object(sys, "argv", ["patchlib", *arguments, "--help"]),
-        mock.patch.dict(os.environ, {"COLUMNS": "88", "NO_COLOR": "1"}),
+        mock.patch.dict(os.environ, terminal),
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
-        main()
+        main([*arguments, "--help"])
     return printed.getvalue().rstrip()
 
 

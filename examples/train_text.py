@@ -63,8 +63,8 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows], float]:
-    """The tokenizer, the windows of the three parts, and characters a token."""
+def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows]]:
+    """The tokenizer, and the windows of the three parts."""
     text = args.text.read_text(encoding="utf-8")
     if args.tokenizer == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
@@ -76,7 +76,8 @@ def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows], float]:
     if not file.exists():
         write_tokens(file, tokenizer.encode(text), tokenizer)
     tokens = read_tokens(file, tokenizer)
-    return tokenizer, split_windows(tokens, CONTEXT + 1, (0.9, 0.05, 0.05), split=args.split), len(text) / len(tokens)
+    print(f"{len(tokens)} tokens of {tokenizer.vocab_size}, {len(text) / len(tokens):.2f} characters each")
+    return tokenizer, split_windows(tokens, CONTEXT + 1, (0.9, 0.05, 0.05), split=args.split)
 
 
 def build(spec: str, vocab_size: int, device: str) -> torch.nn.Module:
@@ -205,12 +206,14 @@ def measure(args: argparse.Namespace, results: list[dict], tokenizer: Tokenizer,
 
 
 def report(args: argparse.Namespace, rows: list[dict], characters: float) -> None:
-    """Prints the table, and writes it and the plot of losses over time."""
+    """Prints the table, `characters` being those of a target of the test; writes it, and losses over time as a plot."""
     titles = ("model", "parameters", "lr", "validation", "test", "bits/character", "samples/s", "ms/token", "peak MB")
-    print(f"\nLosses in nats a token: mean (least to most) of {len(args.seeds)} seeds\n\n| {' | '.join(titles)} |")
+    print(f"\nLosses in nats a token; of several seeds their mean (least to most)\n\n| {' | '.join(titles)} |")
     print("|---" * len(titles) + "|")
     for row in rows:
-        cells = [f"{statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (row["validation"], row["test"])]
+        losses = [row["validation"], row["test"]]
+        ranges = [f" ({min(v):.3f} to {max(v):.3f})" if len(v) > 1 else "" for v in losses]
+        cells = [f"{statistics.mean(v):.3f}{text}" for v, text in zip(losses, ranges, strict=True)]
         cells.append(f"{statistics.mean(row['test']) / characters / math.log(2):.3f}")
         if "lr" in row:
             cells = [f"{row['parameters']:,}", f"{row['lr']:g}", *cells, f"{row['samples_per_s']:.0f}",
@@ -243,23 +246,22 @@ def report(args: argparse.Namespace, rows: list[dict], characters: float) -> Non
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer, parts, characters = prepare(args)
+    tokenizer, parts = prepare(args)
     tokens, vocab_size = parts[0].tokens, tokenizer.vocab_size
-    print(f"{len(tokens)} tokens of {vocab_size}, {characters:.2f} characters each")
-    finals = []
+    trained = []
     for spec in args.models:
         lr = args.lr[0]
         if len(args.lr) > 1:
             tried = [train(args, spec, lr, args.seeds[0], args.tune_minutes, parts, vocab_size) for lr in args.lr]
             lr = min(tried, key=lambda result: result["best"])["lr"]
-        finals.append([train(args, spec, lr, seed, args.minutes, parts, vocab_size) for seed in args.seeds])
-    rows = [measure(args, results, tokenizer, parts) for results in finals]
-    targets = [part.spread(args.final_targets) for part in parts[1:]]
+        trained.append([train(args, spec, lr, seed, args.minutes, parts, vocab_size) for seed in args.seeds])
+    rows = [measure(args, results, tokenizer, parts) for results in trained]
+    finals = [part.spread(args.final_targets) for part in parts[1:]]
+    validation, test = (part.take(torch.arange(len(part))) for part in finals)
     for order, name in ((2, "bigram"), (3, "trigram")):
         ngram = fit_ngram(tokens[: round(len(tokens) * 0.9)], order, vocab_size)
-        losses = [[ngram.loss(part.take(torch.arange(len(part))))] for part in targets]
-        rows.append({"model": name, "validation": losses[0], "test": losses[1]})
-    report(args, rows, characters)
+        rows.append({"model": name, "validation": [ngram.loss(validation)], "test": [ngram.loss(test)]})
+    report(args, rows, len(tokenizer.decode(test[:, -1])) / len(test))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ Nothing heavy is imported before a command needs it.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(_parse(sys.argv[1:] if argv is None else argv))
         finally:
-            if sys.stdout is not None:
+            with _writing():
                 sys.stdout.flush()
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
-    except OSError as error:  # of stdout: what commands meet is handled in _run
-        if not isinstance(error, BrokenPipeError):  # a reader that has seen enough, as `head`, is none to complain to
-            _complain(f"the output cannot be written: {error.strerror or error}")
+    except _UnwritableError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # which is a reader that has seen enough, such as `head`
+            _complain(f"error: the output cannot be written: {error}")
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), sys.stdout.fileno())  # or Python fails once more when it flushes at exit
         return 1
@@ -58,8 +59,6 @@ def _run(args: argparse.Namespace) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
             return args.run(args)
-    except BrokenPipeError:
-        raise
     except (PatchlibError, OSError) as error:
         file = "" if isinstance(error, PatchlibError) or error.filename is None else f"{error.filename}: "
         _complain(f"error: {file}{_reason(error)}")
@@ -294,8 +293,7 @@ def _generate(args: argparse.Namespace) -> int:
         return 0
     _print(prompt, end="")
     for piece in pieces:
-        _print(piece, end="")
-        sys.stdout.flush()
+        _print(piece, end="", flush=True)
     _print()
     return 0
 
@@ -401,15 +399,29 @@ def _count(text: str) -> int:
 # What is printed
 
 
-def _print(text: str = "", end: str = "\n") -> None:
+class _UnwritableError(Exception):
+    """Stdout cannot be written."""
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _UnwritableError(_reason(error)) from error
+
+
+def _print(text: str = "", end: str = "\n", flush: bool = False) -> None:
     """To stdout, with what a terminal would act upon, or stdout's encoding does not have, spelt out."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), end=end)
+    encoding = sys.stdout.encoding or "utf-8"
+    with _writing():
+        print(shown.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=flush)
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    with _writing():
+        print(json.dumps(value, indent=2))
 
 
 def _print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:

@@ -1,11 +1,9 @@
 """The documentation is true: its snippets run, its commands work, it builds without warnings, and lists every name."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import skimage.data
+import torch
+from PIL import Image
 
 import patchlib
 from patchlib import registry
+from patchlib.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -66,10 +68,18 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(registry, "_user_blocks", {})
     monkeypatch.setattr(registry, "_user_models", {})
-    skimage = importlib.util.find_spec("skimage")
-    if skimage is not None and skimage.origin is not None:
-        shutil.copy(Path(skimage.origin).parent / "data" / "chelsea.png", tmp_path / "cat.png")
+    cat = Image.fromarray(skimage.data.chelsea())
+    for file in ("cat.png", "cat.jpg"):
+        cat.save(tmp_path / file)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=name)
@@ -86,23 +96,31 @@ def test_python_snippets_run_and_print_what_the_page_says(page, folder):
             assert printed.getvalue().strip() == snippet.output.strip(), f"{name(page)}, line {snippet.line}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "console")], ids=name)
-def test_patchlib_commands_exit_with_0(page, folder, monkeypatch):
-    for snippet in snippets(page, "console"):
-        commands = [line.removeprefix("$ ") for line in snippet.code.splitlines() if line.startswith("$ patchlib ")]
-        for command in commands if not snippet.needs else ():
-            from patchlib.cli import main
+def commands(snippet):
+    """The `patchlib` commands of a console block; without prompts, each line is a command."""
+    lines = snippet.code.splitlines()
+    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")] or lines
+    return [line for line in typed if line.startswith("patchlib ")]
 
-            monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
-            printed = io.StringIO()
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "console")], ids=name)
+def test_patchlib_commands_exit_with_0_and_print_what_the_page_says(page, folder):
+    for snippet in snippets(page, "console"):
+        printed = io.StringIO()
+        for command in commands(snippet) if not snippet.needs else ():
             with contextlib.redirect_stdout(printed):
-                try:
-                    code = main()
-                except SystemExit as exit:
-                    code = exit.code
-            assert code in (0, None), f"{name(page)}, line {snippet.line}: {command}"
-            if snippet.output is not None:
-                assert printed.getvalue().strip() == snippet.output.strip(), f"{name(page)}, line {snippet.line}"
+                assert main(shlex.split(command)[1:]) == 0, f"{name(page)}, line {snippet.line}: {command}"
+        if snippet.output is not None and not snippet.needs:
+            assert printed.getvalue().strip() == snippet.output.strip(), f"{name(page)}, line {snippet.line}"
+
+
+def test_the_page_of_the_command_line_has_every_command():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        main(["--help"])
+    offered = re.findall(r"^    (\w+) ", printed.getvalue(), re.MULTILINE)
+    shown = re.findall(r"```{command-help} (\w+)", (DOCS / "command_line.md").read_text())
+    assert offered == shown != []
 
 
 def test_every_block_of_code_is_one_that_these_tests_read():
@@ -136,10 +154,9 @@ def test_the_reference_has_every_public_name(built):
 
 
 def test_every_picture_is_drawn_by_the_script():
-    from importlib.machinery import SourceFileLoader
-
-    pytest.importorskip("skimage")
-    figures = SourceFileLoader("make_figures", str(DOCS / "make_figures.py")).load_module().FIGURES
+    script = (DOCS / "make_figures.py").read_text()
+    (listed,) = re.findall(r"^FIGURES = \[(.*?)\]", script, re.MULTILINE | re.DOTALL)
+    figures = re.findall(r"\w+", listed)
     assert {path.stem for path in (DOCS / "images").iterdir()} == set(figures)
     used = {Path(image).stem for page in PAGES for image in re.findall(r"images/[\w.]+", page.read_text())}
     assert used == set(figures)

@@ -149,7 +149,7 @@ class CausalConvNeXtBlock(ConvNeXtBlock):
         return grid + self.fc2(self.grn(hidden)), cache
 
     def step(self, x: Tensor, cache: BlockCache, taps: Tensor, new_row: bool) -> tuple[Tensor, BlockCache]:
-        """The next cell ``(batch, dim)``, which may begin a row, and the cache after it; `taps` are the convolution's."""
+        """The next cell ``(batch, dim)``, which may begin a row, and the cache after it; `taps`: the convolution's."""
         history, above, row = cache
         if new_row:
             above, row = above + row, torch.zeros_like(row)

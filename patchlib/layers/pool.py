@@ -56,5 +56,5 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, prefix: int = 0) -> Tensor:
         k, v = rearrange(self.kv(x.flatten(1, -2)), "b n (two h d) -> two b h n d", two=2, h=self.heads)
-        q = rearrange(self.query.expand(len(x), -1, -1), "b n (h d) -> b h n d", h=self.heads)
+        q = rearrange(self.query.expand(x.shape[0], -1, -1), "b n (h d) -> b h n d", h=self.heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 d -> b (h d)"))

@@ -35,4 +35,4 @@ class ImageTokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embed(images).flatten(1, 2)
-        return self.pos_embed(torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1))
+        return self.pos_embed(torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1))

@@ -209,9 +209,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "convnextv2_lm_base": {},
     # the form that was trained
     "convnextv2_lm_base_256": {"num_tokens": 256, "max_positions": 1024, "order": "newest_first"},
-    # as many parameters as gpt_tiny
+    # as many parameters as gpt_tiny; one cell a token, then ever fewer: most of the work is in the last stage
     "convnextv2_lm_tiny": {
         "vocab_size": 1024, "num_tokens": 256, "patch_size": 8, "order": "newest_first", "readout": "pool",
-        "trunk": {"kind": "convnextv2", "depths": (2, 2, 6, 2), "dims": (32, 64, 128, 256)},
+        "trunk": {"kind": "convnextv2", "patch_size": 8, "depths": (1, 2, 4), "dims": (64, 128, 256)},
     },
 }  # fmt: skip

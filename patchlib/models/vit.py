@@ -159,7 +159,8 @@ class ViT(ImageModel):
         grid = self.patch_embed(images)
         size, prefix = (grid.shape[1], grid.shape[2]), self.config.prefix
         x = grid.flatten(1, 2)
-        tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        given = (self.cls_token, self.dist_token, self.reg_token)
+        tokens = [token.expand(x.shape[0], -1, -1) for token in given if token is not None]
         if self.pos_embed is None or isinstance(self.pos_embed, RotaryPE):
             x = torch.cat([*tokens, x], dim=1)
         elif self._covers_prefix:
@@ -182,7 +183,7 @@ class ViT(ImageModel):
         if patches.keep is None:
             return (angles,)
         first, rest = angles[: patches.prefix], angles[patches.prefix :]
-        return (torch.cat([first.expand(len(patches.x), -1, -1), rest[patches.keep]], dim=1),)
+        return (torch.cat([first.expand(patches.x.shape[0], -1, -1), rest[patches.keep]], dim=1),)
 
     def _init_module(self, module: nn.Module) -> None:
         """Truncated normal of 0.02 for matrices and tokens, zero biases, as in DeiT; patches keep torch's own."""

@@ -59,10 +59,11 @@ TRITON = Route("triton", "triton", "triton")
 
 # The first rule that fits decides; where none does, torch computes everything.
 RULES = (
-    Rule("cpu", (torch.float32, torch.bfloat16), 16, 1 << 14, BATCH),
-    Rule("cpu", (torch.float32, torch.bfloat16), 1, 1 << 14, FLIP),
+    Rule("cpu", (torch.float32, torch.bfloat16), 16, 1 << 15, BATCH),
+    Rule("cpu", (torch.float32, torch.bfloat16), 1, 1 << 15, FLIP),
     Rule("cpu", (torch.float16,), 1, 0, Route("float32")),
 )
+_OTHER_FORWARDS = {(rule.device, d) for rule in RULES if rule.route.forward != "torch" for d in rule.dtypes}
 
 _CHUNK = 1 << 18  # elements of a chunk for each thread: larger ones leave the cache, smaller ones cost calls
 _DIRECT_PADDING = 4  # oneDNN's direct kernel takes no wider border: 4 on AVX2, 6 on AVX-512; past it, it is 20x slower
@@ -111,6 +112,8 @@ def depthwise_conv2d(
     Raises:
         InputError: an argument has another shape, or ``"same"`` is asked for with a stride.
     """
+    if torch.jit.is_tracing():
+        return depthwise_conv2d_reference(x, weight, bias, stride, padding, dilation)
     _check(x, weight, bias)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if padding == "same":
@@ -121,31 +124,32 @@ def depthwise_conv2d(
         pads = _pair("padding", padding)
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if route is None:
-        route = choose_route(x, weight, stride, pads, dilation)
+        asked = differentiates or (x.device.type, _dtype(x)) in _OTHER_FORWARDS
+        route = choose_route(x, weight, stride, pads, dilation) if asked else TORCH
 
     if route.forward == "float32":
-        wide = (x.float(), weight.float(), None if bias is None else bias.float())
-        return depthwise_conv2d(*wide, stride, pads, dilation).to(x.dtype)
+        wide = x.float(), weight.float(), None if bias is None else bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            y = depthwise_conv2d(*wide, stride, pads, dilation)
+        return y.to(_dtype(x))
     if route.forward == "triton":
-        return _conv2d(*_autocast(x, weight, bias), pads)
+        return _conv2d(*_cast(x, weight, bias), pads)
     if differentiates and route != TORCH:
-        return _Depthwise.apply(*_autocast(x, weight, bias), pads, route.input_grad, route.weight_grad)
+        return _Depthwise.apply(*_cast(x, weight, bias), pads, route.input_grad, route.weight_grad)
     return F.conv2d(x, weight, bias, stride, pads, dilation, weight.shape[0])
 
 
 def choose_route(x: Tensor, weight: Tensor, stride: Size = 1, padding: Size = 0, dilation: Size = 1) -> Route:
     """The route that `RULES` give a convolution. It is torch's own for strides and dilations, for export, and wherever
     gradients may be asked for in a way that only torch's are written for: `torch.func`, forward mode, subclasses."""
-    device, dtype, kernel, elements = x.device.type, x.dtype, weight.shape[2:], x.numel()
+    device, dtype, kernel, elements = x.device.type, _dtype(x), weight.shape[2:], x.numel()
     if all(device != rule.device for rule in RULES) or device != weight.device.type or elements == 0:
         return TORCH
     if _pair("stride", stride) != (1, 1) or _pair("dilation", dilation) != (1, 1):
         return TORCH
     if any(p >= k for p, k in zip(_pair("padding", padding), kernel, strict=True)):
         return TORCH
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    elif dtype != weight.dtype:
+    if _dtype(weight) != dtype:
         return TORCH
     for rule in RULES:
         if rule.device == device and dtype in rule.dtypes and kernel.numel() >= rule.taps and elements >= rule.elements:
@@ -273,7 +277,8 @@ def _batch_weight_grad(grad: Tensor, x: Tensor, kernel: Sequence[int], pads: Seq
     border = [0, 0, 0, 0]
     if max(pads) > _DIRECT_PADDING:
         border, pads = [pads[1], pads[1], pads[0], pads[0]], (0, 0)
-    size = math.ceil(batch / math.ceil(x.numel() / (_CHUNK * torch.get_num_threads())))
+    chunks = math.ceil(x.numel() / (_CHUNK * torch.get_num_threads()))
+    size = math.ceil(batch / max(1, chunks))
     total = x.new_zeros((channels, *kernel), dtype=work)
     with torch.autocast(x.device.type, enabled=False):
         for images, kernels in zip(x.split(size), grad.split(size), strict=True):
@@ -391,13 +396,17 @@ def _same(x: Tensor, total: list[int]) -> tuple[Tensor, tuple[int, int]]:
     return x, (total[0] // 2, total[1] // 2)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as torch casts the arguments of a convolution, so that what is saved for backward is what was convolved."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of `x` is computed in, autocast or not."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Casts as autocast does, beforehand: what is saved for backward is then what was convolved."""
+    return [None if t is None else t.to(_dtype(t)) for t in tensors]
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -406,8 +415,6 @@ def _plain(*tensors: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    if torch.jit.is_tracing():
-        return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and unpack_dual(t).tangent is None for t in tensors)
 
 

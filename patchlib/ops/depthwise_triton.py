@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     """What one program computes.
 
     Attributes:
-        cols: neighbouring outputs of one thread, at most; the number that fits the width best is taken.
+        cols: neighbouring outputs of one thread, at most; fewer where that suits the width better.
         block: channels, a power of two, at most; the largest that divides the channels is taken.
         lanes: channels of one thread.
         warps: of 32 threads.
@@ -211,7 +211,7 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     y = x.new_empty((batch, out_height, out_width, channels)).permute(0, 3, 1, 2)
     if tile is None:
-        tile = _fitted(FORWARD[x.element_size()], channels, out_width)
+        tile = _fitted(FORWARD[x.element_size()], channels, out_width, kernel[1])
     rows = 32 * tile.warps * tile.lanes // tile.block
     lines = batch * out_height
     programs = triton.cdiv(lines, rows) * triton.cdiv(out_width, tile.cols) * triton.cdiv(channels, tile.block)
@@ -262,7 +262,7 @@ def weight_grad(
     x = x.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
     if tile is None:
-        tile = _fitted(WEIGHT_GRAD[x.element_size()], channels, out_width)
+        tile = _fitted(WEIGHT_GRAD[x.element_size()], channels, out_width, kernel_size[1])
     rows = 32 * tile.warps * tile.lanes // tile.block
     units = batch * triton.cdiv(out_width, tile.cols)
     share = triton.cdiv(channels, tile.block) * triton.cdiv(kernel_size[0], rows)
@@ -292,13 +292,17 @@ def weight_grad(
     return parts.sum(0).t().reshape(channels, 1, *kernel_size).to(x.dtype)
 
 
-def _fitted(tile: Tile, channels: int, out_width: int) -> Tile:
-    """`tile` with the strip that wastes fewest columns, and a block that divides the channels."""
-    cols = min(range(tile.cols, 0, -1), key=lambda n: (triton.cdiv(out_width, n) * n, -n))
+def _fitted(tile: Tile, channels: int, out_width: int, kernel_width: int) -> Tile:
+    """`tile` with the strip that costs least over a row, and a block that divides the channels."""
+
+    def cost(cols: int) -> int:
+        loads = cols + 2 * kernel_width  # each about two instructions beside the multiply-adds
+        return triton.cdiv(out_width, cols) * (cols * kernel_width + 2 * loads)
+
     block, warps = tile.block, tile.warps
     while channels % block and block > 16:
         block, warps = block // 2, max(1, warps // 2)
-    return Tile(cols, block, tile.lanes, warps)
+    return Tile(min(range(tile.cols, 0, -1), key=cost), block, tile.lanes, warps)
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:

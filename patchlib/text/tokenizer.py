@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..config import MAX_CLASSES
 from ..errors import InputError, WeightsError, require
 from ..weights.files import write_text
 from ..weights.hub import HubRepo
@@ -113,12 +114,18 @@ class BPETokenizer(Tokenizer):
 
     Args:
         backend: a ``tokenizers.Tokenizer``.
+
+    Raises:
+        WeightsError: it numbers its tokens absurdly high.
     """
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.tokens = [None] * (max(vocabulary.values(), default=-1) + 1)
+        last = max(vocabulary.values(), default=-1)
+        if last >= MAX_CLASSES:
+            raise WeightsError(f"tokenizer: found token id {last}; allowed: 0 to {MAX_CLASSES - 1}")
+        self.tokens = [None] * (last + 1)
         for token, i in vocabulary.items():
             self.tokens[i] = token
 
@@ -228,9 +235,10 @@ def load_tokenizer(
         return ByteTokenizer()
     tokenizers = require("tokenizers", "text")
     try:
-        return BPETokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more particular
         raise WeightsError(f"{path}: no file of a tokenizer ({error}); fetch or save it again") from error
+    return BPETokenizer(backend)
 
 
 def _read(path: Path) -> Any:

@@ -196,14 +196,14 @@ def test_fresh_weights_are_the_trunks():
 def test_learns_the_newest_token():
     torch.manual_seed(0)
     model = ConvNeXtV2LM(**{**SMALL, "order": "newest_first", "readout": "pool"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    for _ in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(90):
         ids = torch.randint(19, (64, 5))
         loss = F.cross_entropy(model(ids)[:, 0], (ids[:, -1] + 1) % 19)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 2  # guessing is 2.9
+    assert loss.item() < 1.5  # guessing is 2.9
 
 
 def test_compile_export_dtypes_and_meta():

@@ -14,23 +14,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patchlib
 from patchlib import ConfigError, ConvMixer, InputError, PatchNet, UnknownNameError, ViT
 
-_VIT = {"dim": 16, "depth": 2, "heads": 2, "patch_size": 4, "img_size": 16, "num_classes": 5}
-_MIXER = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4, "img_size": 16, "num_classes": 5}
+_COMMON = {"patch_size": 4, "img_size": 16, "num_classes": 5}
+_VIT = {"dim": 16, "depth": 2, "heads": 2, **_COMMON}
+_MIXER = {"dim": 8, "depth": 2, "kernel_size": 3, **_COMMON}
 _STAGES = (
     {"kind": "convmixer", "depth": 2, "dim": 8, "kernel_size": 3},
     {"kind": "transformer", "depth": 2, "dim": 16, "downsample": 2, "heads": 2},
 )
+_AVERAGE = {"tokens": {"class": 0}, "pool": {"kind": "avg", "norm": True}}
 TINY = {
     "convmixer": (ConvMixer, _MIXER),
     "rezero": (ConvMixer, {**_MIXER, "rezero": True, "patch_size": 2, "patch_embed": {"kind": "conv", "stride": 1}}),
     "learned": (ViT, _VIT),
     "sinusoidal": (ViT, {**_VIT, "pos_embed": "sinusoidal", "patch_embed": "linear", "attention": {"qkv_bias": False}}),
     "rotary": (ViT, {**_VIT, "pos_embed": "rotary", "mlp": "swiglu", "norm": "rms", "attention": {"norm": "rms"}}),
-    "early_conv": (ViT, {**_VIT, "patch_embed": "early_conv", "tokens": {"class": 0}, "pool": {"kind": "avg", "norm": True}}),
+    "early_conv": (ViT, {**_VIT, "patch_embed": "early_conv", **_AVERAGE}),
     "deit3": (ViT, {**_VIT, "pos_embed": {"covers_prefix": False}, "layer_scale": 1e-6, "tokens": {"register": 2}}),
     "distilled": (ViT, {**_VIT, "tokens": {"distill": 1}, "block": "post"}),
-    "patchnet": (PatchNet, {"stages": _STAGES, "patch_size": 4, "img_size": 16, "num_classes": 5, "pos_embed": "learned"}),
-    "patchnet_attention": (PatchNet, {"stages": _STAGES, "patch_size": 4, "img_size": 16, "num_classes": 5, "pool": "attention"}),
+    "patchnet": (PatchNet, {**_COMMON, "stages": _STAGES, "pos_embed": "learned"}),
+    "patchnet_attention": (PatchNet, {**_COMMON, "stages": _STAGES, "pool": "attention"}),
 }  # fmt: skip
 COMPILED = ["convmixer", "rezero", "learned", "sinusoidal", "rotary", "early_conv", "patchnet"]
 
@@ -38,6 +40,12 @@ COMPILED = ["convmixer", "rezero", "learned", "sinusoidal", "rotary", "early_con
 def tiny(kind, **overrides):
     model_class, options = TINY[kind]
     return model_class(**{**options, **overrides})
+
+
+def shallow(kind):
+    """One block of each sort, for compilers, which are slow; every number redrawn."""
+    stages = [{**stage, "depth": 1} for stage in _STAGES]
+    return redraw(tiny(kind, **({"stages": stages} if kind.startswith("patchnet") else {"depth": 1})))
 
 
 def redraw(model):
@@ -89,6 +97,7 @@ def test_named_models_have_their_number_of_parameters(name, count):
 
 
 @pytest.mark.parametrize("family", ["convmixer", "vit", "patchnet"])
+@torch.no_grad()
 def test_every_registered_model_runs_on_meta(family):
     """At its own image size: the shapes of logits and of each step's features."""
     for name in patchlib.list_models(family=family):
@@ -194,13 +203,19 @@ def test_the_final_norm_fits_only_steps_of_its_width(images):
         tiny("patchnet").forward_intermediates(images, [0], norm=True)
 
 
-@torch.no_grad()
-def test_features_only_models_give_maps_as_their_info_says(kind, images):
+@pytest.fixture
+def registered(kind):
+    """A name for the tiny model, while the test runs."""
     model_class, options = TINY[kind]
-    name = f"tiny_{kind}"
-    patchlib.register_model(name, model_class, model_class.Config(**options))
+    patchlib.register_model(f"tiny_{kind}", model_class, model_class.Config(**options))
+    yield f"tiny_{kind}"
+    del patchlib.registry._user_models[f"tiny_{kind}"]
+
+
+@torch.no_grad()
+def test_features_only_models_give_maps_as_their_info_says(kind, registered, images):
     for out_indices, steps in ((None, [0, 1]), (1, [1]), ([0], [0]), ([-1, -2], [1, 0])):
-        model = patchlib.create_model(name, features_only=True, out_indices=out_indices).eval()
+        model = patchlib.create_model(registered, features_only=True, out_indices=out_indices).eval()
         maps = model(images)
         assert len(maps) == len(steps) == len(model.feature_info)
         whole = model.model.forward_intermediates(images, intermediates_only=True)
@@ -210,10 +225,8 @@ def test_features_only_models_give_maps_as_their_info_says(kind, images):
             assert found.shape == (4, info["num_chs"], cells, cells)
 
 
-def test_features_only_models_train_what_they_run(kind, images):
-    model_class, options = TINY[kind]
-    patchlib.register_model(f"tiny_{kind}", model_class, model_class.Config(**options))
-    model = redraw(patchlib.create_model(f"tiny_{kind}", features_only=True, out_indices=[0]))
+def test_features_only_models_train_what_they_run(registered, images):
+    model = redraw(patchlib.create_model(registered, features_only=True, out_indices=[0]))
     model(images)[0].square().sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
@@ -539,10 +552,10 @@ def is_last(model):
     return model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_conv_patches_stay_channels_last_wherever_they_go(tmp_path):
+@pytest.mark.parametrize("kind", ["learned"])
+def test_conv_patches_stay_channels_last_wherever_they_go(registered, tmp_path):
     """Created, copied, cast, pickled, saved and loaded in every way."""
-    patchlib.register_model("tiny_learned", *(TINY["learned"][0], TINY["learned"][0].Config(**TINY["learned"][1])))
-    model = patchlib.create_model("tiny_learned")
+    model = patchlib.create_model(registered)
     assert is_last(model)
     assert is_last(copy.deepcopy(model))
     assert is_last(pickle.loads(pickle.dumps(model)))
@@ -552,7 +565,7 @@ def test_conv_patches_stay_channels_last_wherever_they_go(tmp_path):
     assert is_last(loaded)
     assert is_last(patchlib.create_model(f"local-dir:{folder}", dtype=torch.bfloat16))
     assert is_last(patchlib.create_model(f"local-dir:{folder}", dtype="file"))
-    assert is_last(patchlib.create_model("tiny_learned", checkpoint=folder / "model.safetensors"))
+    assert is_last(patchlib.create_model(registered, checkpoint=folder / "model.safetensors"))
     assert is_last(patchlib.load_pretrained(tiny("learned"), f"local-dir:{folder}"))
     other = tiny("learned")
     other.load_state_dict(model.state_dict())
@@ -642,7 +655,7 @@ def one_thread():
 @pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.usefixtures("one_thread")
 def test_models_compile_as_one_graph(kind, training, images):
-    model = redraw(tiny(kind)).train(training)
+    model = shallow(kind).train(training)
     other = copy.deepcopy(model)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     if not training:
@@ -671,7 +684,7 @@ def test_dropping_and_checkpointing_models_compile_too(kind, images):
 @pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.usefixtures("one_thread")
 def test_models_are_exported_for_any_batch(kind, images):
-    model = redraw(tiny(kind)).eval()
+    model = shallow(kind).eval()
     program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
     with torch.no_grad():
         for batch in (1, 4, 7):
@@ -682,7 +695,7 @@ def test_models_are_exported_for_any_batch(kind, images):
 @pytest.mark.parametrize("kind", ["rezero", "early_conv"])
 @pytest.mark.usefixtures("one_thread")
 def test_models_are_exported_in_training_mode(kind, images):
-    model = redraw(tiny(kind))
+    model = shallow(kind)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
     inputs = torch.randn(6, 3, 16, 16)
     with torch.no_grad():
@@ -693,7 +706,7 @@ def test_models_are_exported_in_training_mode(kind, images):
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler")
 @pytest.mark.usefixtures("one_thread")
 def test_inductor_compiles_a_hybrid(images):
-    model = redraw(tiny("patchnet")).eval()
+    model = shallow("patchnet").eval()
     with torch.no_grad():
         wanted = model(images)
         assert torch.allclose(torch.compile(model, fullgraph=True)(images), wanted, atol=1e-4)
@@ -704,7 +717,7 @@ def test_inductor_compiles_a_hybrid(images):
 def test_onnx_gives_the_same_answers(kind, images, tmp_path):
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = redraw(tiny(kind)).eval()
+    model = shallow(kind).eval()
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

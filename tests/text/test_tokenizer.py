@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from hub_server import HubServer, run_client
 
 from patchlib.errors import InputError, WeightsError
 from patchlib.text.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
@@ -49,6 +50,26 @@ def test_gpt2_survives_saving(gpt2, tmp_path):
         assert [again.encode(text) for text in TEXTS] == [gpt2.encode(text) for text in TEXTS]
     foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert foreign.encode(TEXTS[1]).ids == gpt2.encode(TEXTS[1])
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_from_the_hub_in_both_forms(tmp_path, form):
+    trained = BPETokenizer.train([RHYME], 270)
+    trained.save(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+    files = {"tokenizer.json": (tmp_path / "tokenizer.json").read_bytes()}
+    if form == "vocab.json":
+        files = {"vocab.json": json.dumps(model["vocab"]).encode(), "merges.txt": merges.encode()}
+    program = (
+        "from patchlib.text.tokenizer import load_tokenizer\n"
+        "tokenizer = load_tokenizer('hf-hub:user/model@main')\n"
+        f"print(tokenizer.encode({RHYME!r}), tokenizer.fingerprint)\n"
+    )
+    with HubServer() as hub:
+        hub.add("user/model", files)
+        done = run_client(hub, program, tmp_path)
+    assert done.stdout.strip() == f"{trained.encode(RHYME)} {trained.fingerprint}", done.stderr
 
 
 def test_bytes_are_utf8_and_the_librarys_own(tmp_path):
@@ -138,6 +159,15 @@ def test_damaged_files_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_absurd_ids_are_refused(tmp_path):
+    path = BPETokenizer.train([RHYME], 270).save(tmp_path)
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = 4_000_000_000
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="found token id 4000000000"):
+        load_tokenizer(path)
 
 
 def test_damaged_parts_are_refused(tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from patchlib.weights.load import FORMATS, targets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FOLDER = GOLDENS / "transformers"
+TOLERANCE = 5e-6  # 1e-4 would be enough, but not show which form of GELU it is
 CASES = ["vit", "vit_tanh", "vit_headless", "deit"]
 TINY_VIT = {"dim": 8, "depth": 2, "heads": 2, "patch_size": 4, "img_size": 8, "num_classes": 3}
 TINY_CONVMIXER = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 4, "img_size": 16, "num_classes": 3}
@@ -38,12 +37,12 @@ def load(case, **overrides):
 def test_outputs_are_those_of_transformers(case):
     """`vit_tanh` lies in two shards, as transformers splits them; `vit_headless` has no classifier."""
     model, answers = load(case), load_file(FOLDER / case / "answers.safetensors")
-    assert error(model.forward_features(answers["images"]), answers["features"]) < 1e-4
+    assert error(model.forward_features(answers["images"]), answers["features"]) < TOLERANCE
     if case == "vit_headless":
         assert model.num_classes == 0
-        assert error(model(answers["images"]), answers["features"][:, 0]) < 1e-4
+        assert error(model(answers["images"]), answers["features"][:, 0]) < TOLERANCE
     else:
-        assert error(model(answers["images"]), answers["logits"]) < 1e-4
+        assert error(model(answers["images"]), answers["logits"]) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -59,8 +58,7 @@ def test_outputs_are_those_of_transformers(case):
 @torch.no_grad()
 def test_a_wrong_epsilon_activation_or_number_of_heads_would_be_seen(case, change):
     answers = load_file(FOLDER / case / "answers.safetensors")
-    least = 1e-4 if "mlp" in change else 1e-3  # the two forms of GELU are nearly one
-    assert error(load(case, **change)(answers["images"]), answers["logits"]) > least
+    assert error(load(case, **change)(answers["images"]), answers["logits"]) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", ["vit", "vit_tanh", "deit"])
@@ -68,14 +66,14 @@ def test_a_wrong_epsilon_activation_or_number_of_heads_would_be_seen(case, chang
 def test_a_missing_branch_would_be_seen(case):
     model, answers = load(case), load_file(FOLDER / case / "answers.safetensors")
     model.blocks[1].attn.proj.weight.zero_()
-    assert error(model(answers["images"]), answers["logits"]) > 1e-3
+    assert error(model(answers["images"]), answers["logits"]) > 10 * TOLERANCE
 
 
 @torch.no_grad()
 def test_one_of_deits_two_classifiers_missing_would_be_seen():
     model, answers = load("deit"), load_file(FOLDER / "deit" / "answers.safetensors")
     model.head.fc_dist.weight.zero_()
-    assert error(model(answers["images"]), answers["logits"]) > 1e-3
+    assert error(model(answers["images"]), answers["logits"]) > 10 * TOLERANCE
 
 
 @torch.no_grad()
@@ -83,7 +81,7 @@ def test_the_names_that_transformers_has_in_memory_are_known_too():
     model, answers = load("deit"), load_file(FOLDER / "deit" / "answers.safetensors")
     again = patchlib.ViT(model.config)
     patchlib.load_pretrained(again, FOLDER / "deit" / "state.safetensors")
-    assert error(again.eval()(answers["images"]), answers["logits"]) < 1e-4
+    assert error(again.eval()(answers["images"]), answers["logits"]) < TOLERANCE
 
 
 def test_transformers_config_carries_labels_and_preprocessing():
@@ -249,18 +247,15 @@ def test_formats_are_told_apart_by_their_config():
 # patchlib's own format
 
 
+@torch.no_grad()
 def test_a_folder_of_the_first_release_still_gives_its_numbers():
-    """Made by tests/fixtures/make_saved.py of that release; read here in a process that has no other code."""
-    code = (
-        "import sys, patchlib, torch; from safetensors.torch import load_file\n"
-        "model, answers = patchlib.create_model('local-dir:' + sys.argv[1]), load_file(sys.argv[1] + '/answers.safetensors')\n"
-        "assert not model.training and model.info['labels'] == ['cat', 'dog', 'eel'], model.info\n"
-        "with torch.no_grad(): found = model(answers['images'])\n"
-        "print(((found - answers['logits']).abs().max() / answers['logits'].abs().max()).item())"
-    )
-    command = [sys.executable, "-c", code, str(FIXTURES / "saved_v1")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 1e-5
+    """Made by tests/fixtures/make_saved.py of that release."""
+    folder = FIXTURES / "saved_v1"
+    model, answers = patchlib.create_model(f"local-dir:{folder}"), load_file(folder / "answers.safetensors")
+    assert error(model(answers["images"]), answers["logits"]) < 1e-5
+    assert model.info["labels"] == ["cat", "dog", "eel"]
+    model.blocks[1][1].attn.proj.weight.zero_()
+    assert error(model(answers["images"]), answers["logits"]) > 1e-3
 
 
 def test_every_older_version_has_a_migration():
@@ -277,7 +272,7 @@ def test_migrations_run_in_order(monkeypatch):
 
 @pytest.mark.parametrize("version", [0, 2, -1, "1", 1.0, True, None, [1]])
 def test_another_version_is_refused(version):
-    with pytest.raises(patchlib.WeightsError, match="format_version.*newer patchlib"):
+    with pytest.raises(patchlib.WeightsError, match=r"format_version.*newer patchlib"):
         own.migrate({"format_version": version})
 
 
