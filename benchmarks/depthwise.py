@@ -368,6 +368,7 @@ class Cuda:
                 print(f"{kind:8}{shape.name:18} {str(dtype)[6:]:9} {rate:5.1f} TFLOP/s  {top}", flush=True)
                 if kind == "weight":
                     self.programs(partial(works[kind], tile=kernels.Tile(*found[0][1])))
+            torch.cuda.empty_cache()  # what the recorded graphs held
             self.save()
 
     def programs(self, work: Work) -> None:

@@ -6,23 +6,27 @@ Without names it draws all. The photograph is scikit-image's cat (Stéfan van de
 import argparse
 import io
 import re
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import skimage.data
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.patches import ConnectionPatch, Rectangle
 from PIL import Image
 
 import patchlib
 from patchlib.layers.pos_embed import sinusoid
+from patchlib.text.tokenizer import BPETokenizer
 
 DOCS = Path(__file__).parent
+TEXT = DOCS.parents[1] / "shared" / "data" / "shakespeare" / "tiny.txt"  # public domain; any long English text will do
 BLUE, ORANGE, GREY = "#2f6fab", "#d9822b", "#555555"
 STYLE = {
     "font.size": 9, "axes.titlesize": 10, "figure.dpi": 110, "savefig.bbox": "tight", "savefig.pad_inches": 0.08,
@@ -159,7 +163,9 @@ def positions_broadcast() -> plt.Figure:
     final.tick_params(length=0)
     final.set_xlabel("the table, (patches, dim)", fontsize=10)
     figure.add_artist(
-        ConnectionPatch((0.835, upper - 0.008), (0.835, lower + height + 0.008), "figure fraction", arrowstyle="-|>", color=GREY)
+        ConnectionPatch(
+            (0.835, upper - 0.008), (0.835, lower + height + 0.008), "figure fraction", arrowstyle="-|>", color=GREY
+        )
     )
     figure.text(
         0.04, lower + height / 2,
@@ -249,23 +255,125 @@ def positions_similarity() -> plt.Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[], plt.Figure]] = {
-    f.__name__: f
-    for f in (grid, positions_broadcast, positions_added, positions_waves, positions_similarity)
-}
+def masked_images() -> plt.Figure:
+    """Digits, what was seen of them, and what was made of it: by the code of masked_images.md, trained longer."""
+    code = "".join(re.findall(r"```python\n(.*?)```", (DOCS / "masked_images.md").read_text(), re.DOTALL)[:-1])
+    page: dict[str, Any] = {}
+    with redirect_stdout(io.StringIO()):
+        exec(code.replace("steps = 300", "steps = 4000"), page)
+    torch.manual_seed(1)
+    images = page["held_out"][[3, 10, 25, 40, 61, 77, 102, 140]]
+    with torch.no_grad():
+        seen = page["encoder"].encode(page["hide"](page["encoder"].embed(images), share=0.5))
+        guess = page["decoder"](seen)
+    known = torch.zeros(len(images), 16, 1).scatter(1, seen.keep[..., None], 1.0).unflatten(1, (4, 4))
+    true = page["pixels"](images)
+    rows = [true, true * known + 0.5 * (1 - known), true * known + guess * (1 - known)]
+    figure, axes = plt.subplots(3, len(images), figsize=(7.6, 3.1), layout="constrained")
+    for row, patches, word in zip(axes, rows, ("digit", "half of it", "guessed"), strict=True):
+        pictures = rearrange(patches, "b h w (p q) -> b (h p) (w q)", p=2)
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        row[0].set_ylabel(word, rotation=0, ha="right", va="center")
+    for ax, mask in zip(axes[1], known[..., 0], strict=True):
+        for i, j in (mask == 0).nonzero().tolist():
+            ax.add_patch(
+                Rectangle((2 * j - 0.5, 2 * i - 0.5), 2, 2, facecolor="#9ab7d3", edgecolor="white", linewidth=0.5)
+            )
+    return figure
+
+
+def sentence() -> plt.Figure:
+    """A sentence as an image, by embeddings that a small language model learns here from `TEXT`."""
+    text = TEXT.read_text(encoding="utf-8")
+    tokenizer = BPETokenizer.train([text], 512)
+    ids = torch.tensor(tokenizer.encode(text))
+    model = patchlib.ConvNeXtV2LM(
+        vocab_size=512, num_tokens=64, patch_size=8, readout="pool",
+        trunk={"kind": "convnextv2", "depths": (2, 2), "dims": (64, 128), "patch_size": 8},
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
+    for _ in range(600):
+        batch = ids[torch.randint(len(ids) - 65, (64, 1)) + torch.arange(65)]
+        loss = F.cross_entropy(model(batch[:, :-1])[:, 0], batch[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"loss of the last step: {loss.item():.2f}")
+
+    words = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
+    chosen = torch.tensor([tokenizer.encode(words)])[:, :64]
+    encoder = model.encoder
+    with torch.no_grad():
+        plain = encoder.to_image(F.embedding(chosen, encoder.tokens))[0]
+        placed = encoder(chosen)[0]
+    spread = 2.5 * float(placed[placed != 0].std())
+    pieces = [tokenizer.decode([token]) for token in chosen[0].tolist()]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
+    titles = (
+        f"{len(pieces)} tokens, in reading order",
+        "TokenImageEncoder without positions",
+        "with positions: what the trunk reads",
+    )
+    for ax, image, title in zip(axes, (torch.zeros_like(plain), plain, placed), titles, strict=True):
+        shown = 0.5 + image / (2 * spread) if image.any() else torch.ones_like(image)
+        ax.imshow(shown.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+        for place in range(0, 65, 8):
+            ax.axhline(place - 0.5, color="white" if image.any() else "lightgrey", linewidth=1.2)
+            ax.axvline(place - 0.5, color="white" if image.any() else "lightgrey", linewidth=1.2)
+    for i, piece in enumerate(pieces):
+        word = piece.replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+        axes[0].text(i % 8 * 8 + 3.5, i // 8 * 8 + 3.5, word, ha="center", va="center", fontsize=8)
+    return figure
+
+
+def crops() -> plt.Figure:
+    """One photograph through the three crop modes."""
+    cat = Image.fromarray(skimage.data.chelsea())
+    plain = patchlib.preprocess({"input_size": (3, 192, 192), "mean": 0.0, "std": 1.0, "background": (0.5, 0.45, 0.4)})
+    ways = [
+        ("photograph, 451 x 300", None),
+        ('"center", crop_pct=0.875', plain),
+        ('"squash", crop_pct=1', plain.replace(crop_mode="squash", crop_pct=1.0)),
+        ('"border", crop_pct=1', plain.replace(crop_mode="border", crop_pct=1.0)),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.3), layout="constrained", width_ratios=(1.5, 1, 1, 1))
+    for ax, (title, prepare) in zip(axes, ways, strict=True):
+        ax.imshow(cat if prepare is None else prepare(cat)[0].permute(1, 2, 0).clamp(0, 1))
+        ax.set_title(title, fontsize=9)
+        ax.axis("off")
+    return figure
+
+
+FIGURES = [
+    grid,
+    positions_broadcast,
+    positions_added,
+    positions_waves,
+    positions_similarity,
+    masked_images,
+    crops,
+    sentence,
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    figures = {function.__name__: function for function in FIGURES}
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(figures))
     parser.add_argument("--out", type=Path, default=DOCS / "images")
     args = parser.parse_args()
     mpl.use("agg")
     args.out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        for name in args.names or FIGURES:
+        for name in args.names or figures:
             torch.manual_seed(0)
-            figure = FIGURES[name]()
+            figure = figures[name]()
             drawn = io.BytesIO()
             figure.savefig(drawn)
             plt.close(figure)

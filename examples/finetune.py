@@ -56,7 +56,7 @@ def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, smallest: float = 0.35) -> Tensor:
-    """Random crops of `smallest` to all of the area, a little stretched, and flips, for a whole batch at once."""
+    """Random crops of `smallest` to all of the area, a little stretched, flips, and other light, for a whole batch."""
     n = len(images)
     area, stretch = torch.empty(2, n, device=images.device).uniform_(0, 1)
     scale = (smallest + (1 - smallest) * area).sqrt()
@@ -67,7 +67,9 @@ def augment(images: Tensor, smallest: float = 0.35) -> Tensor:
     zero = torch.zeros(n, device=images.device)
     rows = [torch.stack([size[:, 0] * flip, zero, shift[:, 0]], 1), torch.stack([zero, size[:, 1], shift[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    gain, shift = torch.empty(2, n, 3, 1, 1, device=images.device).uniform_(-0.3, 0.3)
+    return images * (1 + gain) + shift
 
 
 @torch.no_grad()
@@ -86,12 +88,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with one sub-folder a class")
     parser.add_argument("--model", default="convmixer_16")
     parser.add_argument("--pretrained", action="store_true", help="start from the model's default weights")
+    parser.add_argument("--checkpoint", help="start from this file or folder instead")
     parser.add_argument("--out", type=Path, default=Path("out/finetuned"))
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--mixup", type=float, default=0.2, help="0 for none")
+    parser.add_argument("--mixup", type=float, default=0.8, help="0 for none")
+    parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth")
     parser.add_argument("--validation", type=float, default=0.1, help="share of the images that is kept back")
     parser.add_argument("--patience", type=int, default=40, help="stop after so many epochs without improvement")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,7 +106,10 @@ def main() -> None:
 
     side = patchlib.model_info(args.model).input_size[-1]
     pixels, labels, classes = load_folder(args.data, side)
-    model = patchlib.create_model(args.model, pretrained=args.pretrained, num_classes=len(classes), device=device)
+    start = {"pretrained": args.pretrained, "checkpoint": args.checkpoint}
+    model = patchlib.create_model(
+        args.model, **start, num_classes=len(classes), drop_path=args.drop_path, device=device
+    )
     spec = {"input_size": [3, side, side], "crop_pct": 1.0, **model.info.get("preprocessing", {})}
     command = f"python examples/finetune.py {' '.join(sys.argv[1:])}"
     model.info |= {"labels": classes, "preprocessing": spec, "command": command, "license": args.license}

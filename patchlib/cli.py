@@ -1,8 +1,8 @@
 """The command `patchlib`: lists, describes, tries, converts, uploads and verifies models.
 
-Exit codes: 0 all went well; 1 something failed; 2 the command line is wrong; 130 interrupted (Ctrl-C). Errors are
-single lines on stderr. With ``--json``, stdout holds one JSON value and nothing else, ``{"error": …}`` after a failure.
-Nothing heavy is imported before a command needs it.
+Exit codes: 0 all went well; 1 something failed, or the output could not be written; 2 the command line is wrong; 130
+interrupted (Ctrl-C). Errors are single lines on stderr. With ``--json``, stdout holds one JSON value and nothing else,
+``{"error": …}`` after a failure. Nothing heavy is imported before a command needs it.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _BATCH = 16  # images at once; more are no faster on a CPU, and take memory
 _SOURCES = ("hf-hub:", "local-dir:")
+_COMPANIONS = ("tokenizer.json", "vocab.json", "merges.txt")  # what language models need beside their weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +181,7 @@ def _convert(args: argparse.Namespace) -> int:
     overrides = _overrides(args.set)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     file = Path(args.source).expanduser()
-    reference = None
+    source = reference = None
     if file.is_file():
         if args.model is None:
             raise InputError(f"{args.source}: a bare file does not say what it is; name its architecture with --model")
@@ -191,6 +193,8 @@ def _convert(args: argparse.Namespace) -> int:
         model = create_model(source, pretrained=True, dtype="file", **overrides)
         reference = None if overrides else find_reference(source)
     folder = save_pretrained(model, args.folder, format=args.format, dtype=dtype)
+    if source is not None:
+        _carry(_COMPANIONS, source, folder)
     reference = read_reference(_write_reference(model, folder, reference))
     written = create_model(f"local-dir:{folder}", dtype="file")
     checks = [check_finite(written), check_reference(written, reference)]
@@ -216,13 +220,12 @@ def _push(args: argparse.Namespace) -> int:
 
     source = _source(args.source)
     model = create_model(source, pretrained=True, dtype="file", check_finite=True)
-    reference = find_reference(source)
-    own_card = Path(locate(source)[0].removeprefix("local-dir:")).expanduser() / "README.md"
-    card = own_card.read_text(encoding="utf-8") if own_card.is_file() else model_card(model, args.repository)
     with tempfile.TemporaryDirectory() as name:
         folder = save_pretrained(model, name, format=args.format)
-        _write_reference(model, folder, reference)
-        write_text(folder / "README.md", card)
+        _write_reference(model, folder, find_reference(source))
+        write_text(folder / "README.md", model_card(model, args.repository))
+        ours = locate(source)[0].startswith("local-dir:")  # whereas a card on the Hub is about the repository there
+        _carry((*_COMPANIONS, *(["README.md"] if ours else [])), source, folder)
         message = f"Upload {type(model).__name__} with patchlib"
         commit = push_folder(folder, args.repository, private=args.private, revision=args.revision, message=message)
     if args.json:
@@ -275,7 +278,9 @@ def _generate(args: argparse.Namespace) -> int:
     if not isinstance(model, LanguageModel):
         raise InputError(f"{args.name}: found {type(model).__name__}; allowed: a language model")
     tokenizer = load_tokenizer(args.tokenizer or locate(source)[0])
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the tokenizer refuses what is no UTF-8
     tokens = stream(
         model,
         tokenizer.encode(prompt),
@@ -322,6 +327,15 @@ def _source(text: str) -> str:
     if "/" in text or os.sep in text:
         raise InputError(f"{text}: there is no such folder; a repository of the Hub is called 'hf-hub:{text}'")
     return text
+
+
+def _carry(files: Iterable[str], source: str, folder: Path) -> None:
+    """Copies those of the files that lie beside the weights."""
+    from .weights.verify import find_file
+
+    for file in files:
+        if (path := find_file(source, file)) is not None:
+            shutil.copyfile(path, folder / file)
 
 
 def _write_reference(model: Any, folder: Path, reference: "Reference | None") -> Path:

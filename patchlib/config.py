@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .errors import ConfigError, UnknownNameError, nearest
-from .registry import block_names, check_options
+from .registry import block_names, check_options, is_built_in
 
 MAX_DIM = 32_768
 MAX_DEPTH = 256
@@ -40,13 +40,14 @@ def _shown(value: Any) -> str:
 
 
 def _field(default: Any, check: Check, optional: bool = False) -> Any:
-    def checked(where: str, value: Any) -> Any:
-        return None if optional and value is None else check(where, value)
-
-    metadata = {"check": checked, "default": default}
+    metadata = {"check": _optional(check) if optional else check, "default": default}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def _optional(check: Check) -> Check:
+    return lambda where, value: None if value is None else check(where, value)
 
 
 def integer(default: int | None, low: int, high: int, *, optional: bool = False) -> Any:
@@ -122,6 +123,10 @@ def _size(high: int) -> Check:
 
 def integers(default: tuple[int, ...], low: int, high: int, *, most: int = 64) -> Any:
     """A tuple of whole numbers, at least one."""
+    return _field(default, _integers(low, high, most))
+
+
+def _integers(low: int, high: int, most: int = 64) -> Check:
     one = _integer(low, high)
 
     def check(where: str, value: Any) -> tuple[int, ...]:
@@ -129,7 +134,7 @@ def integers(default: tuple[int, ...], low: int, high: int, *, most: int = 64) -
             raise _fail(where, value, f"a list of 1 to {most} integers")
         return tuple(one(f"{where}[{i}]", v) for i, v in enumerate(value))
 
-    return _field(default, check)
+    return check
 
 
 def group(**members: Any) -> Any:
@@ -141,7 +146,7 @@ def group(**members: Any) -> Any:
             raise _fail(where, value, f"an object with {', '.join(map(repr, members))}")
         for key in value:
             if key not in members:
-                raise ConfigError(f"{where} has no option {key!r}{nearest(key, members)}")
+                raise ConfigError(f"{where} has no option {key!r:.80}{nearest(key, members)}")
         return {key: m.metadata["check"](f"{where}.{key}", value.get(key, defaults[key])) for key, m in members.items()}
 
     return _field(defaults, check)
@@ -162,21 +167,40 @@ def kind(role: str, default: Any, *, shared: tuple[str, ...] = (), optional: boo
     return _field(default, check, optional)
 
 
-def _stride(where: str, value: Any) -> int | tuple[int, int] | None:
-    return None if value is None else _size(MAX_SIDE)(where, value)
-
-
 def _flag_or_kind(where: str, value: Any) -> Any:
     return value if isinstance(value, bool) else block_spec("norm", where, value)
 
 
 # What PatchEmbed, ViT and the models' heads do with a field of a block's, beside the block.
 _SHARED: dict[str, Check] = {
-    "stride": _stride,
+    "stride": _optional(_size(MAX_SIDE)),
     "remainder": _choice("error", "pad", "drop"),
     "covers_prefix": _flag,
     "norm": _flag_or_kind,
 }
+# What options of built-in blocks may be; a block of the user's may mean by them what it likes.
+_OPTIONS: dict[str, Check] = {
+    "approximate": _choice("none", "tanh"),
+    "axes": _integer(1, 2),
+    "drop": _number(0, 0.99),
+    "eps": _optional(_number(0, 1)),
+    "head_dim": _optional(_integer(1, 4096)),
+    "heads": _integer(1, 1024),
+    "kernel_size": _size(255),
+    "layer_scale": _optional(_number(0, 1000)),
+    "ratio": _number(1 / 256, 256),
+    "temperature": _number(1e-3, 1e6),
+    "widths": _optional(_integers(1, MAX_DIM)),
+}
+
+
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    if is_built_in(options.get("kind", "linear")):
+        for key, value in options.items():
+            if key in _OPTIONS:
+                _OPTIONS[key](f"{where}.{key}", value)
+            elif isinstance(value, Mapping):
+                _check_options(f"{where}.{key}", value)
 
 
 def stages(default: tuple[dict[str, Any], ...]) -> Any:
@@ -218,6 +242,7 @@ def block_spec(role: str, where: str, value: Any, shared: tuple[str, ...] = ()) 
         raise ConfigError(f"{where}.kind: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    _check_options(where, spec)
     return spec
 
 
@@ -260,7 +285,7 @@ class BaseConfig:
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for key, value in overrides.items():
             if key not in known:
-                raise ConfigError(f"{type(self).__name__} has no field {key!r}{nearest(key, known)}")
+                raise ConfigError(f"{type(self).__name__} has no field {key!r:.80}{nearest(key, known)}")
             if isinstance(value, Mapping) and isinstance(known[key], Mapping) and "kind" not in value:
                 overrides[key] = {**known[key], **value}
         return type(self)(**{**known, **overrides})

@@ -95,10 +95,15 @@ def find_block(role: str, kind: str) -> Callable[..., Any]:
     found = _BLOCKS[role].get(kind) or _user_blocks.get((role, kind)) or _user_blocks.get((None, kind))
     if found is None:
         raise UnknownNameError(
-            f"no {role} block is named {kind!r}{nearest(kind, block_names(role))}"
+            f"no {role} block is named {kind!r:.80}{nearest(kind, block_names(role))}"
             " (a block of your own must be registered first: patchlib.register_block(name, cls))"
         )
     return _import(found) if isinstance(found, str) else found
+
+
+def is_built_in(kind: str) -> bool:
+    """Whether some role has a block of patchlib's by this name."""
+    return any(kind in kinds for kinds in _BLOCKS.values())
 
 
 def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: Any) -> Any:
@@ -133,7 +138,7 @@ def check_options(role: str, kind: str, options: Mapping[str, Any]) -> None:
         if takes is None:
             return
         if key not in takes:
-            raise ConfigError(f"{role} {kind!r} has no option {key!r}{nearest(key, takes)}")
+            raise ConfigError(f"{role} {kind!r} has no option {key!r:.80}{nearest(key, takes)}")
         if not _fits(value, takes[key]):
             allowed = inspect.formatannotation(takes[key])
             raise ConfigError(f"{role} {kind!r}, option {key!r}: found {value!r:.80}; allowed: {allowed}")
@@ -204,7 +209,7 @@ def model_names(family: str | None = None) -> list[str]:
     """Every registered name, in natural order; of one family if asked."""
     entries = {**_index(), **_user_models}
     if family is not None and family not in (families := {e.family for e in entries.values()}):
-        raise UnknownNameError(f"no family is named {family!r}{nearest(family, families)}")
+        raise UnknownNameError(f"no family is named {family!r:.80}{nearest(family, families)}")
     return sorted(name for name, entry in entries.items() if family in (None, entry.family))
 
 
@@ -216,7 +221,9 @@ def find_model(name: str) -> tuple[Any, Any]:
     """
     entry = _user_models.get(name) or _index().get(name)
     if entry is None:
-        raise UnknownNameError(f"no model is named {name!r}{nearest(name, model_names())}; see patchlib.list_models()")
+        raise UnknownNameError(
+            f"no model is named {name!r:.80}{nearest(name, model_names())}; see patchlib.list_models()"
+        )
     if entry.module is None:
         return entry.model_class, entry.config
     module = importlib.import_module(entry.module)
@@ -231,7 +238,7 @@ def find_model_class(class_name: str) -> Any:
     if isinstance(class_name, str) and class_name in own:
         return own[class_name]
     if not isinstance(class_name, str) or class_name not in classes:
-        raise UnknownNameError(f"no model class is named {class_name!r}{nearest(class_name, {*classes, *own})}")
+        raise UnknownNameError(f"no model class is named {class_name!r:.80}{nearest(class_name, {*classes, *own})}")
     return getattr(importlib.import_module(classes[class_name]), class_name)
 
 

@@ -5,6 +5,8 @@ from torch import nn
 
 from patchlib.errors import InputError
 from patchlib.generation import Sampling, generate, stream
+from patchlib.models.causal_conv_lm import CausalConvLM
+from patchlib.models.convnext_lm import ConvNeXtV2LM
 from patchlib.models.gpt import GPT
 
 
@@ -68,6 +70,29 @@ def test_unequal_prompts_give_what_each_gives_alone(model, cache):
     together = generate(model, prompts, 7, temperature=0, cache=cache)
     assert together == [generate(model, prompt, 7, temperature=0, cache=not cache) for prompt in prompts]
     assert [len(text) - len(prompt) for text, prompt in zip(together, prompts, strict=True)] == [7] * 5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        CausalConvLM(vocab_size=31, context=16, dim=12, depth=2, kernel_size=3),
+        ConvNeXtV2LM(
+            vocab_size=31, num_tokens=16, patch_size=4, readout="pool",
+            trunk={"kind": "convmixer", "dim": 12, "depth": 1, "kernel_size": 3, "patch_size": 4},
+        ),
+    ],
+    ids=["causal", "windowed"],
+)  # fmt: skip
+def test_every_language_model_generates(other):
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    prompts = [[3], [7, 1, 30, 2, 2, 9], list(range(14))]
+    texts = generate(other, prompts, 6, temperature=0)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text == generate(other, prompt, 6, temperature=0, cache=False)
+        with torch.no_grad():
+            window = torch.tensor([text[:-1][-16:]])
+            assert other.eval()(window)[0, -1].argmax() == text[-1]
 
 
 def test_beyond_the_context_the_newest_tokens_are_read(model):

@@ -40,7 +40,7 @@ class ConvNeXtBlock(nn.Module):
         ratio: float = 4.0,
         grn: bool = True,
         layer_scale: float | None = None,
-        norm: Mapping[str, Any] | None = None,
+        norm: str | Mapping[str, Any] | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()

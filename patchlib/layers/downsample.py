@@ -27,7 +27,7 @@ class Downsample(nn.Module):
         InputError: from `forward`, if the grid is smaller than one merged patch.
     """
 
-    def __init__(self, dim: int, out_dim: int, scale: int = 2, *, norm: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, dim: int, out_dim: int, scale: int = 2, *, norm: str | Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.scale = scale
         self.norm = build_block("norm", norm or {"kind": "layer", "eps": 1e-6}, dim)

@@ -123,6 +123,8 @@ class CausalConvNeXtBlock(ConvNeXtBlock):
 
     Depthwise = CausalDepthwiseConv
     Response = CausalGRN
+    depthwise: CausalDepthwiseConv
+    grn: CausalGRN
 
     def __init__(
         self,

@@ -290,11 +290,10 @@ class ImageModel(Model):
 def with_input_size(info: Mapping[str, Any], img_size: int | tuple[int, int]) -> dict[str, Any]:
     """`Model.info` whose preprocessing, if it has one, makes images of this size (pixels)."""
     numbers = info.get("preprocessing")
-    old = numbers.get("input_size") if isinstance(numbers, Mapping) else None
-    if not isinstance(old, (list, tuple)):
+    if not isinstance(numbers, Mapping) or not isinstance(numbers.get("input_size"), (list, tuple)):
         return dict(info)
     size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
-    return {**info, "preprocessing": {**numbers, "input_size": [*old[:1], *size]}}
+    return {**info, "preprocessing": {**numbers, "input_size": [*numbers["input_size"][:1], *size]}}
 
 
 class LanguageModel(Model):

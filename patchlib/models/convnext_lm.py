@@ -211,7 +211,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "convnextv2_lm_base_256": {"num_tokens": 256, "max_positions": 1024, "order": "newest_first"},
     # as many parameters as gpt_tiny; one cell a token, then ever fewer: most of the work is in the last stage
     "convnextv2_lm_tiny": {
-        "vocab_size": 1024, "num_tokens": 256, "patch_size": 8, "order": "newest_first", "readout": "pool",
-        "trunk": {"kind": "convnextv2", "patch_size": 8, "depths": (1, 2, 4), "dims": (64, 128, 256)},
+        "vocab_size": 1024, "num_tokens": 256, "patch_size": 8, "order": "newest_first",
+        "trunk": {"kind": "convnextv2", "patch_size": 8, "depths": (1, 2, 6), "dims": (48, 96, 192)},
     },
 }  # fmt: skip

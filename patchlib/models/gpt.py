@@ -105,6 +105,9 @@ class Block(nn.Module):
         self.norm2 = build_block("norm", config.norm, config.dim)
         self.mlp = build_block("mlp", config.mlp, dim=config.dim)
         self.drop = nn.Dropout(config.drop)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as (in, out) in memory: faster for one token, and so GPT-2's files are
+                module.weight = nn.Parameter(module.weight.detach().T.contiguous().T)
 
     def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), cache)

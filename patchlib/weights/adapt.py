@@ -10,7 +10,7 @@ from ..layers.grid import pair
 from ..layers.patch_embed import PatchEmbed, resize_kernel
 from ..layers.pos_embed import LearnedPE, resize_positions
 
-_MOST = 2**26  # numbers in the matrix that resizes a kernel: 256 MiB, for patches of 90 x 90 pixels
+_MOST = 2**26  # numbers in the matrices that resize a kernel: 256 MiB, for patches of 90 x 90 pixels
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
@@ -59,8 +59,8 @@ def _adapt_patches(weight: Tensor, target: Tensor, module: PatchEmbed, source: A
         if weight.shape[1] != channels * size[0] * size[1]:
             return weight
         kernel = weight.reshape(len(weight), channels, *size)
-    other = tuple(kernel.shape[2:]) != module.patch_size
-    if 0 in kernel.shape or (other and kernel[0, 0].numel() * math.prod(module.patch_size) > _MOST):
+    old, new = math.prod(kernel.shape[2:]), math.prod(module.patch_size)
+    if 0 in kernel.shape or (tuple(kernel.shape[2:]) != module.patch_size and old * max(old, new) > _MOST):
         return weight
     kernel = resize_kernel(adapt_channels(kernel, module.in_chans), module.patch_size)
     return kernel.reshape(target.shape)

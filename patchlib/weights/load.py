@@ -282,7 +282,7 @@ def _refuse(
 ) -> None:
     if not (missing or unexpected or misshapen):
         return
-    lists = {"missing": missing, "not used": unexpected, "of another shape": misshapen}
+    lists = {"missing": missing, "not used": unexpected, "of another shape or dtype": misshapen}
     shown = [
         f"{len(names)} {word}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
         for word, names in lists.items()

@@ -51,6 +51,9 @@ def save_pretrained(
     content = form.from_model(model)
     try:
         files.check_plain(content)
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        if len(text) > files.MAX_JSON:
+            raise ValueError(f"found {len(text)} characters; allowed: at most {files.MAX_JSON}")
     except ValueError as error:
         raise WeightsError(f"model.info or model.config cannot be saved as JSON: {error}") from error
     exact = _batch_norm_names(model)
@@ -58,7 +61,6 @@ def save_pretrained(
     if format == "timm":
         tensors = timm.tables(model)[0].to_theirs(timm.conv_patches(model, tensors))
     folder = Path(folder)
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     files.write_files({folder / "model.safetensors": tensors, folder / "config.json": text})
     return folder
 

@@ -23,7 +23,8 @@ LABELS = {1000: "imagenet-1k", 21843: "imagenet-21k", 21841: "imagenet-22k"}
 
 def entry(full_name: str) -> dict | None:
     cfg = get_pretrained_cfg(full_name).to_dict()
-    if not cfg.get("hf_hub_id"):
+    tag = full_name.partition(".")[2]
+    if not cfg.get("hf_hub_id") or (tag.startswith("clip_") and "_ft_" not in tag):  # CLIP's towers have other heads
         return None
     _, config = find_model(full_name.split(".")[0])
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

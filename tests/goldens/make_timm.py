@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from timm.models.convmixer import ConvMixer
+from timm.models.convnext import ConvNeXt
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "timm"
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 24, "patch_size": 8, "num_classes": 7}
+SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "num_classes": 7}
 CASES = {
     "vit": ("vit_base_patch16_224", TINY),
     "vit_registers_avg": ("vit_base_patch16_224", {**TINY, "reg_tokens": 2, "global_pool": "avg", "qkv_bias": False}),
@@ -27,6 +29,8 @@ CASES = {
     "deit_distilled": ("deit_base_distilled_patch16_224", TINY),
     "deit3": ("deit3_base_patch16_224", TINY),
     "convmixer_gelu": (None, {"dim": 24, "depth": 2, "kernel_size": 5, "patch_size": 4, "num_classes": 7}),
+    "convnext": (None, {**SMALL, "conv_mlp": False}),
+    "convnextv2": (None, {**SMALL, "use_grn": True, "ls_init_value": None, "conv_mlp": True}),
     "convmixer_relu": (None, {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 5, "num_classes": 7}),
 }  # fmt: skip
 
@@ -55,11 +59,13 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 def main() -> None:
     for seed, (case, (architecture, arguments)) in enumerate(CASES.items()):
         if architecture is None:  # timm's ConvMixers have no sizes to choose, so these come without a config.json
-            model = ConvMixer(**arguments, act_layer=torch.nn.ReLU if "relu" in case else torch.nn.GELU).eval()
+            act = torch.nn.ReLU if "relu" in case else torch.nn.GELU
+            made = ConvNeXt(**arguments) if "depths" in arguments else ConvMixer(**arguments, act_layer=act)
+            model = made.eval()
         else:
             model = timm.create_model(architecture, **arguments).eval()
         redraw(model, seed)
-        size = arguments.get("img_size", 24)
+        size = arguments.get("img_size", 64 if "depths" in arguments else 24)
         shape = (2, arguments.get("in_chans", 3), *((size, size) if isinstance(size, int) else size))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
         _, maps = model.forward_intermediates(images)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from patchlib import ConfigError, RotaryPE, TransformerBlock
+from patchlib import ConfigError, PatchNet, RotaryPE, SwiGLU, TransformerBlock
 
 
 def torchs(block, dim, order):
@@ -101,6 +101,9 @@ def test_parts_are_chosen_by_name():
     assert isinstance(block.attn.q_norm, nn.RMSNorm)
     assert block.mlp.fc1.out_features == 32
     assert block(torch.randn(1, 4, 8)).shape == (1, 4, 8)
+    assert isinstance(TransformerBlock(8, 2, norm="rms").norm2, nn.RMSNorm)
+    model = PatchNet(stages=[{"kind": "transformer", "dim": 8, "heads": 2, "mlp": "swiglu", "norm": "rms"}])
+    assert isinstance(model.blocks[0][0].mlp, SwiGLU)
 
 
 @pytest.mark.parametrize(

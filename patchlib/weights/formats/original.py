@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .table import CONV_1X1, Rule, Table
+from .table import CONV_1X1, VECTOR, Rule, Table
 
 
 def recognises(content: Mapping[str, Any]) -> bool:
@@ -13,7 +13,28 @@ def recognises(content: Mapping[str, Any]) -> bool:
 
 def tables(model: Any) -> tuple[Table, ...]:
     """Key tables of a model, none if its authors published no file of another form."""
+    if type(model).__name__ in ("ConvNeXt", "ConvNeXtV2"):
+        return (_CONVNEXT,)
     return (_convmixer(model.config.depth),) if type(model).__name__ == "ConvMixer" else ()
+
+
+_BLOCK = "stages.{i}.blocks.{j}."
+_CONVNEXT = Table(
+    (
+        Rule("patch_embed.proj.{p}", "downsample_layers.0.0.{p}"),
+        Rule("stem_norm.{p}", "downsample_layers.0.1.{p}"),
+        Rule("stages.{i}.downsample.norm.{p}", "downsample_layers.{i}.0.{p}"),
+        Rule("stages.{i}.downsample.conv.{p}", "downsample_layers.{i}.1.{p}"),
+        Rule(_BLOCK + "depthwise.{p}", "stages.{i}.{j}.dwconv.{p}"),
+        Rule(_BLOCK + "norm.{p}", "stages.{i}.{j}.norm.{p}"),
+        Rule(_BLOCK + "fc{n}.{p}", "stages.{i}.{j}.pwconv{n}.{p}"),
+        Rule(_BLOCK + "grn.weight", "stages.{i}.{j}.grn.gamma", VECTOR),
+        Rule(_BLOCK + "grn.bias", "stages.{i}.{j}.grn.beta", VECTOR),
+        Rule(_BLOCK + "scale.gamma", "stages.{i}.{j}.gamma"),
+        Rule("head.norm.{p}", "norm.{p}"),
+        Rule("head.fc.{p}", "head.{p}"),
+    )
+)
 
 
 def _convmixer(depth: int) -> Table:

@@ -34,7 +34,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     content = migrate(dict(content))
     for key in content:
         if key not in FIELDS:
-            raise WeightsError(f"unknown field {key!r}{nearest(key, FIELDS)}")
+            raise WeightsError(f"unknown field {key!r:.80}{nearest(key, FIELDS)}")
     for key in ("model", "config"):
         if key not in content:
             raise WeightsError(f"field {key!r} is missing")

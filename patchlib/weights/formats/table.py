@@ -22,6 +22,7 @@ class Op(NamedTuple):
 
 SAME = Op(lambda theirs: theirs[0], lambda ours: (ours,))
 TRANSPOSE = Op(lambda theirs: theirs[0].T, lambda ours: (ours.T,))
+MATRIX = Op(lambda theirs: theirs[0].flatten(1), lambda ours: (ours,))  # there it may be a 1x1 convolution
 CONV_1X1 = Op(lambda theirs: theirs[0].flatten(1), lambda ours: (ours[:, :, None, None],))
 VECTOR = Op(lambda theirs: theirs[0].flatten(), lambda ours: (ours[None, None, None],))
 CONCAT_3 = Op(lambda theirs: torch.cat(tuple(theirs)), lambda ours: ours.chunk(3))

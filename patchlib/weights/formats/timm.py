@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnknownNameError, WeightsError, nearest
-from ...registry import find_model
-from .table import CONV_1X1, Rule, Table
+from ...registry import find_model, model_names
+from .table import CONV_1X1, MATRIX, Op, Rule, Table
 
 _VIT = Table(
     (
@@ -29,7 +29,29 @@ _CONVMIXER = Table(
         Rule("head.fc.{p}", "head.{p}"),
     )
 )
-TABLES: dict[str, tuple[Table, ...]] = {"ViT": (_VIT,), "ConvMixer": (_CONVMIXER,)}
+
+
+def _convnext(matrix: Op) -> Table:
+    block = "stages.{i}.blocks.{j}."
+    return Table(
+        (
+            Rule("patch_embed.proj.{p}", "stem.0.{p}"),
+            Rule("stem_norm.{p}", "stem.1.{p}"),
+            Rule("stages.{i}.downsample.norm.{p}", "stages.{i}.downsample.0.{p}"),
+            Rule("stages.{i}.downsample.conv.{p}", "stages.{i}.downsample.1.{p}"),
+            Rule(block + "depthwise.{p}", block + "conv_dw.{p}"),
+            Rule(block + "fc{n}.weight", block + "mlp.fc{n}.weight", matrix),
+            Rule(block + "fc{n}.bias", block + "mlp.fc{n}.bias"),
+            Rule(block + "grn.{p}", block + "mlp.grn.{p}"),
+            Rule(block + "scale.gamma", block + "gamma"),
+            Rule("norm.{p}", "norm_pre.{p}"),
+            Rule("head.fc.{p}", "head.fc.{p}"),
+        )
+    )
+
+
+# timm's smaller ConvNeXts hold their matrices as 1x1 convolutions
+_CONVNEXT, _CONVNEXT_SMALL = _convnext(MATRIX), _convnext(Op(MATRIX.to_ours, CONV_1X1.to_theirs))
 
 # Arguments of timm's constructors that a config.json may carry, as overrides of our config.
 _ARGUMENTS: dict[str, Any] = {
@@ -50,6 +72,14 @@ _ARGUMENTS: dict[str, Any] = {
     "no_embed_class": lambda v: {"pos_embed": {"covers_prefix": not v}},
     "global_pool": lambda v: {"pool": {"kind": {"token": "class", "avg": "avg"}[v]}},
     "fc_norm": lambda v: {"pool": {"norm": v}},
+    "depths": lambda v: {"depths": v},
+    "dims": lambda v: {"dims": v},
+    "kernel_sizes": lambda v: {"kernel_size": v},
+    "ls_init_value": lambda v: {"layer_scale": v},
+    "use_grn": lambda v: {"grn": v},
+    "norm_eps": lambda v: {"norm": {"eps": v}},
+    "head_norm_first": lambda v: {"pool": {"norm": not v}},
+    "conv_mlp": lambda v: {},
     "drop_rate": lambda v: {"drop": v},
     "drop_path_rate": lambda v: {"drop_path": v},
 }
@@ -63,7 +93,11 @@ def recognises(content: Mapping[str, Any]) -> bool:
 
 def tables(model: Any) -> tuple[Table, ...]:
     """Key tables of a model, none if timm has no such model."""
-    return TABLES.get(type(model).__name__, ())
+    name, config = type(model).__name__, model.config
+    if name in ("ConvNeXt", "ConvNeXtV2"):
+        small = config.dims[0] < 96 or not config.pool.get("norm", True)
+        return (_CONVNEXT_SMALL,) if small else (_CONVNEXT,)
+    return {"ViT": (_VIT,), "ConvMixer": (_CONVMIXER,)}.get(name, ())
 
 
 def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -182,7 +216,19 @@ def _convmixer_arguments(config: Any) -> tuple[str, dict[str, Any]]:
     return next((name for name, dim in sizes.items() if dim == config.dim), "convmixer_768_32"), {}
 
 
-_EXPORTS: dict[str, Any] = {"ViT": _vit_arguments, "ConvMixer": _convmixer_arguments}
+def _convnext_arguments(config: Any) -> tuple[str, dict[str, Any]]:
+    names = model_names("convnextv2" if config.grn else "convnext")
+    same = ("depths", "dims", "pool")
+    fits = (n for n in names if all(getattr(find_model(n)[1], key) == getattr(config, key) for key in same))
+    return next(fits, names[-1]), {}
+
+
+_EXPORTS: dict[str, Any] = {
+    "ViT": _vit_arguments,
+    "ConvMixer": _convmixer_arguments,
+    "ConvNeXt": _convnext_arguments,
+    "ConvNeXtV2": _convnext_arguments,
+}
 
 
 def _weights_of(config: Any) -> dict[str, Any]:

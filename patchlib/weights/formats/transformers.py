@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import WeightsError, nearest
 from ...registry import find_model_class
-from .table import CONCAT_3, Rule, Table
+from .table import CONCAT_3, VECTOR, Rule, Table
 
 
 def _vit(prefix: str, head: str = "classifier") -> Table:
@@ -55,7 +55,29 @@ def _vit_names(prefix: str, head: str, layer: str, qkv: tuple[str, ...], names: 
     )
 
 
+def _convnext(prefix: str) -> Table:
+    block, layer = "stages.{i}.blocks.{j}.", f"{prefix}encoder.stages.{{i}}.layers.{{j}}."
+    downsampling = f"{prefix}encoder.stages.{{i}}.downsampling_layer."
+    return Table(
+        (
+            Rule("patch_embed.proj.{p}", f"{prefix}embeddings.patch_embeddings.{{p}}"),
+            Rule("stem_norm.{p}", f"{prefix}embeddings.layernorm.{{p}}"),
+            Rule("stages.{i}.downsample.norm.{p}", f"{downsampling}0.{{p}}"),
+            Rule("stages.{i}.downsample.conv.{p}", f"{downsampling}1.{{p}}"),
+            Rule(block + "depthwise.{p}", f"{layer}dwconv.{{p}}"),
+            Rule(block + "norm.{p}", f"{layer}layernorm.{{p}}"),
+            Rule(block + "fc{n}.{p}", f"{layer}pwconv{{n}}.{{p}}"),
+            Rule(block + "grn.{p}", f"{layer}grn.{{p}}", VECTOR),
+            Rule(block + "scale.gamma", f"{layer}layer_scale_parameter"),
+            Rule("head.norm.{p}", f"{prefix}layernorm.{{p}}"),
+            Rule("head.fc.{p}", "classifier.{p}"),
+        )
+    )
+
+
 TABLES: dict[str, tuple[Table, ...]] = {
+    "ConvNeXt": (_convnext("convnext."), _convnext("")),
+    "ConvNeXtV2": (_convnext("convnextv2."), _convnext("")),
     "ViT": tuple(
         form(*names) for form in (_vit, _vit_in_memory) for names in (("vit.",), ("",), ("deit.", "cls_classifier"))
     ),
@@ -80,7 +102,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """
     kind = content["model_type"]
     if kind not in _CONFIGS:
-        raise WeightsError(f"field 'model_type': found {kind!r}{nearest(kind, _CONFIGS)}")
+        raise WeightsError(f"field 'model_type': found {kind!r:.80}{nearest(kind, _CONFIGS)}")
     class_name, fields = _CONFIGS[kind](content)
     labels = content.get("id2label")
     info: dict[str, Any] = {}
@@ -93,7 +115,7 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
 def _vit_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     dim = content.get("hidden_size", 768)
     if not isinstance(dim, int) or dim < 1:
-        raise WeightsError(f"field 'hidden_size': found {dim!r}; allowed: a positive integer")
+        raise WeightsError(f"field 'hidden_size': found {dim!r:.80}; allowed: a positive integer")
     distilled = any("WithTeacher" in str(name) for name in content.get("architectures") or ())
     if content["model_type"] == "deit" and not distilled:
         raise WeightsError(
@@ -116,12 +138,33 @@ def _vit_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _convnext_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    second = content["model_type"] == "convnextv2"
+    if content.get("hidden_act", "gelu") != "gelu":
+        raise WeightsError(f"field 'hidden_act': found {content['hidden_act']!r}; allowed: 'gelu'")
+    eps = content.get("layer_norm_eps", 1e-12)  # of the last norm alone; the others have 1e-6
+    headless = all(str(name).endswith("Model") for name in content.get("architectures") or ("Model",))
+    fields: dict[str, Any] = {
+        "depths": content.get("depths", (3, 3, 9, 3)),
+        "dims": content.get("hidden_sizes", (96, 192, 384, 768)),
+        "patch_size": content.get("patch_size", 4),
+        "img_size": content.get("image_size", 224),
+        "in_chans": content.get("num_channels", 3),
+        "num_classes": 0 if headless else num_labels(content),
+        "drop_path": content.get("drop_path_rate", 0.0),
+        "pool": {"kind": "avg", "norm": {"kind": "layer", "eps": eps}},
+    }
+    if second:
+        return "ConvNeXtV2", fields
+    return "ConvNeXt", fields | {"layer_scale": content.get("layer_scale_init_value", 1e-6) or None}
+
+
 def activation(content: Mapping[str, Any], field: str = "hidden_act") -> dict[str, Any]:
     """The MLP that a config.json's activation means."""
     forms = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
     name = content.get(field, "gelu")
     if name not in forms:
-        raise WeightsError(f"field {field!r}: found {name!r}{nearest(str(name), forms)}")
+        raise WeightsError(f"field {field!r}: found {name!r:.80}{nearest(str(name), forms)}")
     return {"kind": "gelu", "approximate": forms[name]}
 
 
@@ -131,7 +174,7 @@ def num_labels(content: Mapping[str, Any]) -> int:
     return len(labels) if isinstance(labels, Mapping) else int(content.get("num_labels", 2))
 
 
-_CONFIGS = {"vit": _vit_fields, "deit": _vit_fields}
+_CONFIGS = {"convnext": _convnext_fields, "convnextv2": _convnext_fields, "vit": _vit_fields, "deit": _vit_fields}
 
 
 def preprocessing(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +189,9 @@ def preprocessing(content: Mapping[str, Any]) -> dict[str, Any]:
         size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else size.get("shortest_edge")
     if isinstance(size, int):
         size = [size, size]
-    if isinstance(size, list) and len(size) == 2:
+    if size is not None:
+        if not isinstance(size, list) or not all(isinstance(side, int) and side > 0 for side in size):
+            raise WeightsError(f"field 'size' or 'crop_size': found {size!r:.80}; allowed: numbers of pixels")
         spec["input_size"] = [len(spec.get("mean", (0, 0, 0))), *size]
         edge = content.get("size")
         edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, Mapping) else edge
