@@ -290,14 +290,13 @@ def sentence() -> plt.Figure:
     text = TEXT.read_text(encoding="utf-8")
     tokenizer = BPETokenizer.train([text], 512)
     ids = torch.tensor(tokenizer.encode(text))
-    model = patchlib.ConvNeXtV2LM(
-        vocab_size=512, num_tokens=64, patch_size=8, readout="pool",
-        trunk={"kind": "convnextv2", "depths": (2, 2), "dims": (64, 128), "patch_size": 8},
-    )  # fmt: skip
+    trunk = {"kind": "convnextv2", "depths": (2, 2), "dims": (64, 128), "patch_size": 8}
+    model = patchlib.ConvNeXtV2LM(vocab_size=512, num_tokens=36, patch_size=8, readout="pool", trunk=trunk)
+    steps = 1000
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
-    for _ in range(600):
-        batch = ids[torch.randint(len(ids) - 65, (64, 1)) + torch.arange(65)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = ids[torch.randint(len(ids) - 37, (64, 1)) + torch.arange(37)]
         loss = F.cross_entropy(model(batch[:, :-1])[:, 0], batch[:, -1])
         optimizer.zero_grad()
         loss.backward()
@@ -306,29 +305,88 @@ def sentence() -> plt.Figure:
     print(f"loss of the last step: {loss.item():.2f}")
 
     words = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
-    chosen = torch.tensor([tokenizer.encode(words)])[:, :64]
-    encoder = model.encoder
+    chosen = tokenizer.encode(words)[:36]
+    encoder, given = model.encoder, torch.tensor([chosen])
     with torch.no_grad():
-        plain = encoder.to_image(F.embedding(chosen, encoder.tokens))[0]
-        placed = encoder(chosen)[0]
+        plain = encoder.to_image(F.embedding(given, encoder.tokens))[0]
+        placed = encoder(given)[0]
     spread = 2.5 * float(placed[placed != 0].std())
-    pieces = [tokenizer.decode([token]) for token in chosen[0].tolist()]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.0), layout="constrained")
     titles = (
-        f"{len(pieces)} tokens, in reading order",
-        "TokenImageEncoder without positions",
+        f"{len(chosen)} tokens, in reading order",
+        "each as a patch of 8 x 8 pixels",
         "with positions: what the trunk reads",
     )
-    for ax, image, title in zip(axes, (torch.zeros_like(plain), plain, placed), titles, strict=True):
-        shown = 0.5 + image / (2 * spread) if image.any() else torch.ones_like(image)
+    repeated = [token for token in dict.fromkeys(chosen) if chosen.count(token) > 1]
+    colours = plt.get_cmap("tab10").colors
+    for ax, image, title in zip(axes, (None, plain, placed), titles, strict=True):
+        shown = torch.ones_like(plain) if image is None else 0.5 + image / (2 * spread)
         ax.imshow(shown.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
         ax.set(title=title, xticks=[], yticks=[])
-        for place in range(0, 65, 8):
-            ax.axhline(place - 0.5, color="white" if image.any() else "lightgrey", linewidth=1.2)
-            ax.axvline(place - 0.5, color="white" if image.any() else "lightgrey", linewidth=1.2)
-    for i, piece in enumerate(pieces):
-        word = piece.replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
-        axes[0].text(i % 8 * 8 + 3.5, i // 8 * 8 + 3.5, word, ha="center", va="center", fontsize=8)
+        for place in range(0, 49, 8):
+            ax.axhline(place - 0.5, color="lightgrey" if image is None else "white", linewidth=3)
+            ax.axvline(place - 0.5, color="lightgrey" if image is None else "white", linewidth=3)
+        for i, token in enumerate(chosen):
+            if token in repeated:
+                colour = colours[repeated.index(token) % 10]
+                corner = (i % 6 * 8 - 0.4, i // 6 * 8 - 0.4)
+                ax.add_patch(Rectangle(corner, 7.8, 7.8, fill=False, edgecolor=colour, linewidth=2.2, zorder=3))
+    for i, token in enumerate(chosen):
+        word = tokenizer.decode([token])
+        word = word.replace(" ", "\N{OPEN BOX}").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+        axes[0].text(i % 6 * 8 + 3.5, i // 6 * 8 + 3.5, word, ha="center", va="center", fontsize=10)
+    return figure
+
+
+def depthwise_gradient() -> plt.Figure:
+    """The kernels' gradient of a depthwise convolution, as one convolution over batch * channels channels."""
+    first = photograph(48)
+    images = torch.stack([first, first.flip(-1)])
+    images -= images.mean((2, 3), keepdim=True)
+    conv = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3, bias=False)
+    output = conv(images)
+    output.retain_grad()
+    (output - images.roll(1, dims=-1)).square().sum().backward()  # each kernel is to learn a shift by one pixel
+    assert output.grad is not None
+    assert conv.weight.grad is not None
+    maps = F.conv2d(images.reshape(1, 6, 48, 48), output.grad.reshape(6, 1, 48, 48), padding=2, groups=6)
+    total = maps.reshape(2, 3, 5, 5).sum(0)
+    assert torch.allclose(total, conv.weight.grad[:, 0], rtol=1e-4)
+
+    figure = plt.figure(figsize=(9.2, 7.4))
+    height, gap = 0.118, 0.136
+    heads = ("input\n(1, batch * channels, 48, 48)", "output's gradient, as kernels\n(batch * channels, 1, 48, 48)",
+             "convolved\n(1, batch * channels, 5, 5)", "added over the batch:\ngradient of the kernels")  # fmt: skip
+    lefts = (0.06, 0.31, 0.56, 0.83)
+    names = ("red", "green", "blue")
+    limit = float(total.abs().max())
+    for k in range(6):
+        bottom = 0.77 - gap * k - (0.035 if k > 2 else 0)
+        kernel = output.grad.flatten(0, 1)[k]
+        views = ((images.flatten(0, 1)[k], 0.5), (kernel, float(output.grad.abs().max()) * 0.7), (maps[0, k], limit))
+        for x, (values, most) in zip(lefts, views, strict=False):
+            ax = figure.add_axes((x, bottom, 0.095, height))
+            ax.imshow(values.detach(), vmin=-most, vmax=most, cmap="gray" if x == lefts[0] else "coolwarm")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if x == lefts[0]:
+                ax.set_ylabel(names[k % 3], color=GREY, fontsize=8)
+        for x, sign in ((0.232, "*"), (0.482, "=")):
+            figure.text(x, bottom + height / 2, sign, ha="center", va="center", fontsize=15, color=GREY)
+        middle = 0.77 - gap * (k % 3) - 0.5 * (3 * gap + 0.035) + height / 2
+        start, end = (0.66, bottom + height / 2), (0.822, middle)
+        figure.add_artist(ConnectionPatch(start, end, "figure fraction", arrowstyle="-|>", color=GREY, linewidth=0.8))
+        if k < 3:
+            ax = figure.add_axes((lefts[3], middle - height / 2, 0.095, height))
+            ax.imshow(total[k], vmin=-limit, vmax=limit)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.yaxis.set_label_position("right")
+            ax.set_ylabel(names[k], color=GREY, fontsize=8)
+    for x, head in zip(lefts, heads, strict=True):
+        figure.text(x + 0.0475, 0.91, head, ha="center", fontsize=9.5)
+    for bottom, word in ((0.62, "first image"), (0.175, "second image")):
+        figure.text(0.012, bottom + 0.07, word, rotation=90, va="center", fontsize=10)
     return figure
 
 
@@ -358,6 +416,7 @@ FIGURES = [
     positions_similarity,
     masked_images,
     crops,
+    depthwise_gradient,
     sentence,
 ]
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -325,7 +326,10 @@ def _source(text: str) -> str:
             "`patchlib convert FILE FOLDER --model NAME` makes one"
         )
     if "/" in text or os.sep in text:
-        raise InputError(f"{text}: there is no such folder; a repository of the Hub is called 'hf-hub:{text}'")
+        hint = (
+            f"; a repository of the Hub is called 'hf-hub:{text}'" if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) else ""
+        )
+        raise InputError(f"{text}: there is no such folder{hint}")
     return text
 
 

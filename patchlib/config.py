@@ -235,6 +235,7 @@ def block_spec(role: str, where: str, value: Any, shared: tuple[str, ...] = ()) 
         names = ", ".join(map(repr, block_names(role)))
         raise _fail(where, value, f"the name of a kind ({names}), or an object with 'kind' and options")
     spec = {str(key): plain(f"{where}.{key}", option) for key, option in spec.items()}
+    _check_options(where, spec)
     options = {key: option for key, option in spec.items() if key not in ("kind", *shared)}
     try:
         check_options(role, spec["kind"], options)
@@ -242,7 +243,6 @@ def block_spec(role: str, where: str, value: Any, shared: tuple[str, ...] = ()) 
         raise ConfigError(f"{where}.kind: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    _check_options(where, spec)
     return spec
 
 

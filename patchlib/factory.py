@@ -293,6 +293,7 @@ def model_info(name: str) -> ModelInfo:
     from torch.utils.flop_counter import FlopCounterMode
 
     architecture = name.partition(".")[0]
+    find_model(architecture)  # a source, such as hf-hub:…, has no registered facts and is refused here
     with torch.device("meta"):
         model = create_model(name, device="meta").eval()
         if isinstance(model, ImageModel):

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
-from torch import nn
-
 from .errors import ConfigError, PatchlibError, UnknownNameError, nearest
 
 _LAYERS = "patchlib.layers."
@@ -101,9 +99,9 @@ def find_block(role: str, kind: str) -> Callable[..., Any]:
     return _import(found) if isinstance(found, str) else found
 
 
-def is_built_in(kind: str) -> bool:
+def is_built_in(kind: Any) -> bool:
     """Whether some role has a block of patchlib's by this name."""
-    return any(kind in kinds for kinds in _BLOCKS.values())
+    return isinstance(kind, str) and any(kind in kinds for kinds in _BLOCKS.values())
 
 
 def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: Any) -> Any:
@@ -147,6 +145,8 @@ def check_options(role: str, kind: str, options: Mapping[str, Any]) -> None:
 @cache
 def _options(block: Callable[..., Any]) -> dict[str, Any] | None:
     """The names that a constructor takes, with their annotations; None if it takes any."""
+    from torch import nn  # listing names needs no torch
+
     if isinstance(block, type) and block.__init__ is nn.Module.__init__:  # type: ignore[misc]
         return {}  # its signature claims to take anything
     parameters = inspect.signature(block).parameters.values()

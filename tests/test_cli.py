@@ -115,7 +115,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
 from patchlib.cli import main
-for argv in (["--help"], ["predict", "--help"], ["lst"]):
+for argv in (["--help"], ["predict", "--help"], ["lst"], ["list"]):
     try:
         main(argv)
     except SystemExit:
@@ -157,6 +157,7 @@ def test_errors_are_one_line(run: Any, folder: Path, tmp_path: Path) -> None:
         ("info", f"local-dir:{folder}"): "registered name",
         ("predict", "vit_16_linear", CAT): "no weights of 'vit_16_linear'",
         ("predict", "timm/convmixer_768_32", CAT): "hf-hub:timm/convmixer_768_32",
+        ("predict", tmp_path / "none", CAT): "there is no such folder\n",
         ("predict", tmp_path / "empty", CAT): "config.json",
         ("predict", tmp_path / "model.pt", CAT): "patchlib convert",
         ("convert", tmp_path / "model.pt", tmp_path / "out"): "--model",
@@ -201,7 +202,7 @@ BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}  # as it is for most: the erro
 def test_nobody_reads() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "patchlib", "list"]
+    command = [sys.executable, "-m", "patchlib", "list", "convmixer"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=BUFFERED, timeout=200)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
@@ -209,7 +210,7 @@ def test_nobody_reads() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_disk() -> None:
-    command = [sys.executable, "-m", "patchlib", "list", "--json"]
+    command = [sys.executable, "-m", "patchlib", "list", "convmixer", "--json"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=BUFFERED, timeout=200)
     assert done.returncode == 1

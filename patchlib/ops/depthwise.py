@@ -56,37 +56,30 @@ TORCH = Route()
 BATCH = Route(input_grad="flip", weight_grad="batch")
 TRITON = Route("triton", "triton", "triton")
 
-# The first rule that fits decides; where none does, torch computes everything. Measured by benchmarks/depthwise.py with
-# torch 2.13 on 2 cores of an AMD EPYC (Zen 5, AVX-512; 170 GFLOP/s in float32 products), channels_last, in GFLOP/s:
+# The first rule that fits decides; where none does, torch computes everything. Measured with torch 2.13 on 2 cores of
+# an AMD EPYC (Zen 5, AVX-512, about 170 GFLOP/s in float32 matrix products), channels_last, by what is now
+# `python -m benchmarks.depthwise`. Rates in GFLOP/s, torch's own -> ours:
 #
-#   batch x channels, side, kernel  dtype   forward   input gradient     weight gradient    channels first,
-#                                                     torch -> flip      torch -> batch     weight: torch -> batch
-#   32 x 512, 12, 9                 float32     133     70 -> 111          12 -> 119            6 -> 166
-#                                   bfloat16    207    127 -> 208           7 -> 115            8 -> 188
-#   8 x 768, 32, 7                  float32     107    100 -> 142          10 ->  65            6 -> 131
-#                                   bfloat16    265    147 -> 253           7 ->  60            4 -> 135
-#   64 x 256, 16, 5                 float32     158    107 -> 155          15 ->  55            4 ->  79
-#                                   bfloat16    205     99 -> 193           7 ->  56            5 ->  94
-#   16 x 96, 56, 7                  float32     114     99 -> 111          18 ->  69            4 ->  86
-#                                   bfloat16    303    154 -> 284          13 ->  72            6 -> 126
-#   16 x 192, 28, 7                 float32     162    117 -> 179          24 -> 101            4 -> 146
-#                                   bfloat16    283    215 -> 263          16 ->  90            5 -> 129
-#   16 x 384, 14, 7                 float32     200    116 -> 200          25 ->  98            6 -> 129
-#                                   bfloat16    315    195 -> 310          13 ->  85            9 -> 142
-#   16 x 768, 7, 7                  float32     212     92 -> 203          17 -> 100            6 -> 144
-#                                   bfloat16    210    133 -> 206           5 ->  90            7 -> 105
-#   16 x 256, 28, 3                 float32      51    torch's weight gradient has a kernel of its own for 3x3: 35 -> 18
-#   1 x 64, 16, 7                   float32     a step takes as long either way: below it, calls cost more than they save
+#   batch x channels, side, kernel    float32: forward, input, weight gradient    bfloat16
+#   32 x 512, 12, 9                            133,  70 -> 111,  12 -> 120        207, 127 -> 208,  7 -> 110
+#   8 x 768, 32, 7                             107, 100 -> 142,  10 ->  65        265, 147 -> 253,  7 ->  60
+#   64 x 256, 16, 5                            158, 107 -> 155,  15 ->  58        205,  99 -> 193,  7 ->  50
+#   16 x 96, 56, 7                             114,  99 -> 111,  18 ->  65        303, 154 -> 284, 13 ->  60
+#   16 x 192, 28, 7                            162, 117 -> 179,  24 ->  90        283, 215 -> 263, 16 ->  80
+#   16 x 384, 14, 7                            200, 116 -> 200,  25 ->  80        315, 195 -> 310, 13 ->  75
+#   16 x 768, 7, 7                             212,  92 -> 203,  17 ->  80        210, 133 -> 206,  5 ->  75
+#   16 x 256, 28, 3                             51,  38 ->  54,  35 ->  18 (torch has a kernel of its own for 3x3)
+#   1 x 64, 16, 7                              a step takes as long either way; for less, calls cost more than they save
 #
-# float16 has no kernel on this CPU and takes 100 times as long as float32, casts included. On CUDA torch's own stays
-# until the Triton kernels have been measured: a rule with `TRITON` switches them on.
+# float16 has no kernel on such a CPU: torch needs 100 times as long as in float32, casts included. On CUDA torch's own
+# stays until the Triton kernels have been measured; a rule with `TRITON` switches them on.
 RULES = (
     Rule("cpu", (torch.float32, torch.bfloat16), 16, 1 << 15, BATCH),
     Rule("cpu", (torch.float16,), 1, 0, Route("float32")),
 )
 _OTHER_FORWARDS = {(rule.device, d) for rule in RULES if rule.route.forward != "torch" for d in rule.dtypes}
 
-_CHUNK = 1 << 18  # elements of a chunk for each thread: larger ones leave the cache, smaller ones cost calls
+_CHUNK = 1 << 19  # elements of a chunk for each thread: larger ones leave the cache, smaller ones cost calls
 _DIRECT_PADDING = 4  # oneDNN's direct kernel takes no wider border: 4 on AVX2, 6 on AVX-512; past it, it is 20x slower
 
 

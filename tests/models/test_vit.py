@@ -282,7 +282,7 @@ def test_masked_image_training(positions):
     images = torch.stack([(waves[:, None] * a + waves * b).sin().expand(3, 16, 16) for a in (1, 2) for b in (0, 1, 3)])
     pixels = F.unfold(images, 4, stride=4).transpose(1, 2)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         keep = torch.rand(6, 16).argsort(1)[:, :5]
         patches = encoder.encode(encoder.embed(images).select(keep))
         full = mask_token.expand(6, -1, -1).scatter(1, keep[..., None].expand(-1, -1, 16), patches.x[:, 1:])
@@ -294,7 +294,8 @@ def test_masked_image_training(positions):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    blind = (pixels - pixels.mean((0, 1))).square().mean().item()  # the best answer that reads nothing
+    assert sum(losses[-5:]) / 5 < 0.85 * blind < sum(losses[:5]) / 5
     assert encoder.blocks[0].attn.qkv.weight.grad.any()
 
 

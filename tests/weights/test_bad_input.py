@@ -75,22 +75,25 @@ def folder(request, tmp_path):
     return patchlib.save_pretrained(MODELS[getattr(request, "param", "net")](), tmp_path / "model")
 
 
-def refuse(folder, *named, **options):
-    """All ways to load it are refused, with the path, the words and nothing changed; the message is short."""
-    standing = patchlib.create_model("patchnet_tiny", **NET)
+def refuse(folder, *named, model="net", config_is_valid=False):
+    """All ways to load it are refused, with the path and the words, and a model that stood is unchanged.
+
+    A config that is valid by itself may be built without weights, or not be needed by a model that stands.
+    """
+    standing = MODELS[model]()
     before = {name: t.clone() for name, t in standing.state_dict().items()}
-    for call in (
-        lambda: patchlib.create_model(f"local-dir:{folder}", **options),
+    calls = [
+        lambda: patchlib.create_model(f"local-dir:{folder}"),
         lambda: patchlib.create_model(f"local-dir:{folder}", pretrained=False),
         lambda: patchlib.create_model(f"local-dir:{folder}", device="meta"),
-        lambda: patchlib.load_pretrained(standing, folder, check_finite=options.get("check_finite", False)),
-    ):
+        lambda: patchlib.load_pretrained(standing, folder),
+    ]
+    for call in calls[:1] if config_is_valid else calls:
         with takes_no_memory(), only_reads(folder), pytest.raises(patchlib.PatchlibError) as caught:
             call()
         message = str(caught.value)
-        assert str(folder) in message
-        assert len(message) < 900 + 2 * len(str(folder))
-        for words in named:
+        assert len(message) < 1200 + 2 * len(str(folder))
+        for words in (str(folder), *named):
             assert words in message
         assert "\n" not in message
     assert all(torch.equal(before[name], t) for name, t in standing.state_dict().items())
@@ -181,7 +184,7 @@ def test_a_field_out_of_range_is_named(field, folder):
 @pytest.mark.parametrize("key", ["dim", "depth", "downsample"])
 def test_a_stage_out_of_range_is_named(key, value, folder):
     edit(folder, "config", "stages", 0, key, value=value)
-    refuse(folder, "config.json", f"PatchNetConfig.stages[0].{key}", "an integer from 1 to")
+    refuse(folder, "config.json", f"PatchNetConfig.stages[0].{key}", "allowed: ")
 
 
 def test_stages_are_limited_together(folder):
@@ -192,44 +195,63 @@ def test_stages_are_limited_together(folder):
 
 
 OPTIONS = {
-    "a ratio": ("stages", {"kind": "convnext", "dim": 8, "ratio": 10**6}),
-    "a ratio of text": ("stages", {"kind": "convnext", "dim": 8, "ratio": "4"}),
-    "no ratio": ("stages", {"kind": "convnext", "dim": 8, "ratio": 0}),
-    "an MLP's ratio": ("stages", {"kind": "transformer", "dim": 8, "mlp": {"kind": "gelu", "ratio": 10**6}}),
-    "a number of heads": ("stages", {"kind": "transformer", "dim": 8, "heads": 10**6}),
-    "no heads": ("stages", {"kind": "transformer", "dim": 8, "heads": 0}),
-    "a head's size": ("stages", {"kind": "transformer", "dim": 8, "attention": {"head_dim": 10**6}}),
-    "another option": ("stages", {"kind": "transformer", "dim": 8, "attention": {"code": "os.system"}}),
-    "a kernel": ("stages", {"kind": "convmixer", "dim": 8, "kernel_size": 10**6}),
-    "an endless kernel": ("stages", {"kind": "convmixer", "dim": 8, "kernel_size": 10**18}),
-    "a kernel of pairs": ("stages", {"kind": "convnext", "dim": 8, "kernel_size": [10**6, 10**6]}),
-    "a stride": ("patch_embed", {"kind": "conv", "stride": 10**6}),
-    "no stride": ("patch_embed", {"kind": "conv", "stride": 0}),
-    "a stride backwards": ("patch_embed", {"kind": "conv", "stride": [-4, 4]}),
-    "a stride of text": ("patch_embed", {"kind": "conv", "stride": "4"}),
-    "a remainder": ("patch_embed", {"kind": "conv", "remainder": "wrap"}),
-    "widths": ("patch_embed", {"kind": "early_conv", "widths": [10**6, 10**6]}),
-    "endless widths": ("patch_embed", {"kind": "early_conv", "widths": [10**15, 10**15]}),
-    "many widths": ("patch_embed", {"kind": "early_conv", "widths": [8] * 10**5}),
-    "widths of text": ("patch_embed", {"kind": "early_conv", "widths": "88"}),
-    "a flag of text": ("patch_embed", {"kind": "conv", "bias": "false"}),
-    "an epsilon of text": ("norm", {"kind": "layer", "eps": "small"}),
-    "a norm's shape": ("norm", {"kind": "layer", "normalized_shape": 10**9}),
-    "a device": ("norm", {"kind": "layer", "device": "meta"}),
-    "positions along 3 axes": ("pos_embed", {"kind": "sinusoidal", "axes": 3}),
-    "positions of a size": ("pos_embed", {"kind": "learned", "size": 10**6}),
-    "a pooling's heads": ("pool", {"kind": "attention", "heads": 3}),
-    "deep nests": ("pool", {"kind": "avg", "a": [[[[[[[[1]]]]]]]]}),
-    "a list": ("pool", [1, 2]),
+    "stages[0].ratio": [
+        {"kind": "convnext", "dim": 8, "ratio": ratio} for ratio in (10**6, 10**15, 0, -1, "4", None, True)
+    ],
+    "stages[0].mlp.ratio": [{"kind": "transformer", "dim": 8, "mlp": {"kind": "gelu", "ratio": 10**6}}],
+    "stages[0].mlp.approximate": [{"kind": "transformer", "dim": 8, "mlp": {"kind": "gelu", "approximate": "sin"}}],
+    "stages[0].heads": [{"kind": "transformer", "dim": 8, "heads": heads} for heads in (10**6, 0, -1, 1.5, None)],
+    "stages[0].attention.head_dim": [{"kind": "transformer", "dim": 8, "attention": {"head_dim": 10**6}}],
+    "stages[0].kernel_size": [
+        {"kind": "convmixer", "dim": 8, "kernel_size": size} for size in (10**6, 10**15, 0, -3, "3", [3], [3, 3, 3])
+    ],
+    "stages[0].kernel_size.height": [{"kind": "convnext", "dim": 8, "kernel_size": [10**6, 10**6]}],
+    "patch_embed.stride": [{"kind": "conv", "stride": stride} for stride in (10**6, 0, -4, "4", [4], 1.5)],
+    "patch_embed.stride.height": [{"kind": "conv", "stride": [-4, 4]}],
+    "patch_embed.remainder": [{"kind": "conv", "remainder": "wrap"}],
+    "patch_embed.widths": [
+        {"kind": "early_conv", "widths": widths}
+        for widths in ([10**6] * 2, [10**15] * 2, [8] * 10**5, "88", [], [0, 0])
+    ],
+    "'bias'": [{"kind": "conv", "bias": bias} for bias in ("false", 0, None)],
+    "norm.eps": [{"kind": "layer", "eps": eps} for eps in ("small", -1, 10**6)],
+    "'device'": [{"kind": "layer", "device": "meta"}],
+    "pos_embed.axes": [{"kind": "sinusoidal", "axes": axes} for axes in (0, 3, "2")],
+    "pos_embed.temperature": [{"kind": "sinusoidal", "temperature": 0}],
+    "pool.a": [{"kind": "avg", "a": [[[[[[[[1]]]]]]]]}],
+    "pool": [[1, 2], 5, "max"],
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_options_of_blocks_out_of_range(case, folder):
-    """Built without memory and measured against the file, or refused as they stand."""
-    field, spec = OPTIONS[case]
-    edit(folder, "config", field, value=[spec] if field == "stages" else spec)
-    refuse(folder)
+@pytest.mark.parametrize(("named", "value"), [(named, value) for named in OPTIONS for value in OPTIONS[named]])
+def test_options_of_blocks_out_of_range(named, value, folder):
+    field = named.partition("[")[0].partition(".")[0]
+    field = {"'bias'": "patch_embed", "'device'": "norm"}.get(field, field)
+    edit(folder, "config", field, value=[value] if field == "stages" else value)
+    refuse(folder, "config.json", f"PatchNetConfig.{field}", named)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("stages", [{"kind": "transformer", "dim": 8, "attention": {"code": "os.system"}}], "'code'"),
+        ("stages", [{"kind": "transformer", "dim": 8, "heads": 3}], "heads"),
+        ("stages", [{"kind": "transformer", "dim": 8, "norm": {"eps": 1e-6}}], "norm"),
+        ("norm", {"kind": "layer", "normalized_shape": 10**6}, "normalized_shape"),
+        ("pos_embed", {"kind": "learned", "size": 10**6}, "'size' is set by the model"),
+        ("pos_embed", "rotary", "rotary"),
+        ("pool", {"kind": "attention", "heads": 3}, "heads"),
+        ("patch_size", 9, "smaller than one patch"),
+        ("patch_embed", {"kind": "early_conv", "widths": [8] * 64}, "widths"),
+        ("patch_embed", {"kind": "early_conv", "widths": [8, 8]}, "patch_embed.proj.0.weight"),
+        ("stages", [{"kind": "convmixer", "dim": 8, "kernel_size": 255}], "depthwise.weight"),
+    ],
+)
+def test_options_that_do_not_go_together(field, value, named, folder):
+    if field == "patch_size":
+        edit(folder, "config", "pos_embed", value="learned")
+    edit(folder, "config", field, value=value)
+    refuse(folder, named, config_is_valid=True)
 
 
 @pytest.mark.parametrize("folder", ["vit"], indirect=True)
@@ -241,18 +263,26 @@ def test_options_of_blocks_out_of_range(case, folder):
         ("mlp", {"kind": "gelu", "ratio": 10**6}), ("mlp", {"kind": "gelu", "ratio": -1}), ("mlp", "torch.nn.Linear"),
         ("tokens", {"class": 10**6}), ("tokens", {"register": 10**6}), ("tokens", {"cls": 1}), ("tokens", None),
         ("layer_scale", 10**6), ("block", "middle"), ("pos_embed", {"covers_prefix": "yes"}), ("pool", "max"),
-        ("img_size", [8, 10**9]), ("img_size", [8]), ("img_size", [8, 8, 8]), ("img_size", 2), ("norm", None),
+        ("img_size", [8, 10**9]), ("img_size", [8]), ("img_size", [8, 8, 8]), ("norm", None),
     ],
 )  # fmt: skip
 def test_fields_of_vit_out_of_range(field, value, folder):
     edit(folder, "config", field, value=value)
-    refuse(folder, field if field != "img_size" or value != 2 else "smaller than one patch")
+    refuse(folder, "config.json", f"ViTConfig.{field}", model="vit")
+
+
+@pytest.mark.parametrize("folder", ["vit"], indirect=True)
+def test_an_image_smaller_than_a_patch_is_no_size_for_a_vit(folder):
+    edit(folder, "config", "img_size", value=2)
+    refuse(folder, "smaller than one patch", config_is_valid=True)
 
 
 def test_sizes_that_are_fine_alone_and_too_much_together_take_no_memory(folder):
     """32,768 channels in 256 blocks are a terabyte, which nobody has to have."""
     edit(folder, "config", "stages", value=[{"kind": "transformer", "dim": 32_768, "depth": 256}])
-    refuse(folder)
+    refuse(folder, "missing: blocks.0", config_is_valid=True)
+    with takes_no_memory(), pytest.raises(patchlib.ConfigError, match=r"model: its config makes \d.* parameters"):
+        patchlib.create_model(f"local-dir:{folder}", pretrained=False)
     with takes_no_memory(), pytest.raises(patchlib.ConfigError, match=r"parameters, .* of them in .*allowed: at most"):
         patchlib.create_model("vit_base_patch16_224", dim=32_768, depth=256, heads=8)
 
@@ -288,12 +318,8 @@ def test_preprocessing_of_another_kind(preprocessing, folder):
 def test_a_preprocessor_config_of_another_form(spec, tmp_path):
     folder = Path(shutil.copytree(FOLDERS["transformers"], tmp_path / "model"))
     (folder / "preprocessor_config.json").write_text(json.dumps(spec))
-    try:
-        info = patchlib.create_model(f"local-dir:{folder}").info
-    except patchlib.WeightsError as error:
-        assert str(folder / "preprocessor_config.json") in str(error)
-    else:
-        assert "input_size" not in info["preprocessing"]
+    with pytest.raises(patchlib.WeightsError, match=r"preprocessor_config\.json: "):
+        patchlib.create_model(f"local-dir:{folder}")
 
 
 # model.safetensors
@@ -323,7 +349,7 @@ def test_a_pickle_by_another_name_is_not_run(folder, tmp_path):
         if name == "pytorch_model.bin":
             (tmp_path / name / "model.safetensors").unlink()
         for options in ({}, {"allow_pickle": True}):
-            with pytest.raises(patchlib.WeightsError, match=name.replace(".", r"\.").replace("pytorch_", "")):
+            with pytest.raises(patchlib.WeightsError, match="model" if "model" in name else name):
                 patchlib.create_model(f"local-dir:{tmp_path / name}", **options)
     assert not (tmp_path / "executed").exists()
 
@@ -367,8 +393,7 @@ def spoil(path, changes):
 def finite_or_refused(folder):
     try:
         model = patchlib.create_model(f"local-dir:{folder}", check_finite=True)
-    except patchlib.PatchlibError as error:
-        assert "\n" not in str(error)
+    except patchlib.PatchlibError:
         return
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert all(t.isfinite().all() for t in model.state_dict().values())
@@ -391,7 +416,7 @@ def test_flipped_bytes_give_an_error_or_a_finite_model(kind, name, tmp_path_fact
 def mutants(value):
     """A JSON document with one of its values replaced by something else."""
     strange = st.one_of(
-        st.none(), st.booleans(), st.integers(-2, 40), st.sampled_from([10**6, 10**12, -1, 1.5, "", "conv", "x", [], {}]),
+        st.none(), st.booleans(), st.integers(-2, 40), st.sampled_from([10**6, 10**12, 1.5, "", "conv", "x", [], {}]),
         st.lists(st.integers(0, 9), max_size=3), st.dictionaries(st.sampled_from(["kind", "a"]), st.just("avg")),
     )  # fmt: skip
     if isinstance(value, dict) and value:

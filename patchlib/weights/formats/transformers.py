@@ -190,7 +190,7 @@ def preprocessing(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(size, int):
         size = [size, size]
     if size is not None:
-        if not isinstance(size, list) or not all(isinstance(side, int) and side > 0 for side in size):
+        if not isinstance(size, list) or [isinstance(side, int) and side > 0 for side in size] != [True, True]:
             raise WeightsError(f"field 'size' or 'crop_size': found {size!r:.80}; allowed: numbers of pixels")
         spec["input_size"] = [len(spec.get("mean", (0, 0, 0))), *size]
         edge = content.get("size")
