@@ -12,6 +12,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the suite runs in several processes; threads of each would wait for the others'
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,9 @@ class TokenImageEncoder(nn.Module):
         if self.pad_token_id is None:
             cells = F.pad(embeddings, (0, 0, 0, missing))
         else:
-            cells = torch.cat([embeddings, self.tokens[self.pad_token_id].expand(len(embeddings), missing, -1)], dim=1)
+            cells = torch.cat(
+                [embeddings, self.tokens[self.pad_token_id].expand(embeddings.shape[0], missing, -1)], dim=1
+            )
         size = self.patch_size
         return rearrange(cells, "b (h w) (c p q) -> b c (h p) (w q)", w=columns, p=size, q=size)
 

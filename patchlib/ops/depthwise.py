@@ -335,19 +335,31 @@ def _torch_backward(
     return into_x, into_weight
 
 
-@torch.library.custom_op("patchlib::depthwise_weight_grad", mutates_args=())
+@torch.library.custom_op(
+    "patchlib::depthwise_weight_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, SymInt[] kernel_size, SymInt[] padding) -> Tensor",
+)
 def _weight_grad(grad: Tensor, x: Tensor, kernel_size: Sequence[int], padding: Sequence[int]) -> Tensor:
     if x.device.type == "cpu":
         return _batch_weight_grad(grad, x, kernel_size, padding)
     return _triton().weight_grad(grad, x, kernel_size, padding)
 
 
-@torch.library.custom_op("patchlib::depthwise_conv2d", mutates_args=())
+@torch.library.custom_op(
+    "patchlib::depthwise_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, SymInt[] padding) -> Tensor",
+)
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
     return _triton().forward(x, weight, bias, padding)
 
 
-@torch.library.custom_op("patchlib::depthwise_gelu_affine", mutates_args=())
+@torch.library.custom_op(
+    "patchlib::depthwise_gelu_affine",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor scale, Tensor shift, SymInt[] padding) -> Tensor",
+)
 def _gelu_affine(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, padding: Sequence[int]
 ) -> Tensor:
