@@ -260,7 +260,8 @@ def masked_images() -> plt.Figure:
     code = "".join(re.findall(r"```python\n(.*?)```", (DOCS / "masked_images.md").read_text(), re.DOTALL)[:-1])
     page: dict[str, Any] = {}
     with redirect_stdout(io.StringIO()):
-        exec(code.replace("steps = 300", "steps = 4000"), page)
+        exec(code.replace("steps = 300\n", "steps = 4000\n"), page)
+    assert page["steps"] == 4000
     torch.manual_seed(1)
     images = page["held_out"][[3, 10, 25, 40, 61, 77, 102, 140]]
     with torch.no_grad():
@@ -400,10 +401,10 @@ def crops() -> plt.Figure:
         ('"squash", crop_pct=1', plain.replace(crop_mode="squash", crop_pct=1.0)),
         ('"border", crop_pct=1', plain.replace(crop_mode="border", crop_pct=1.0)),
     ]
-    figure, axes = plt.subplots(1, 4, figsize=(9, 2.3), layout="constrained", width_ratios=(1.5, 1, 1, 1))
+    figure, axes = plt.subplots(1, 4, figsize=(7.4, 1.9), layout="constrained", width_ratios=(1.5, 1, 1, 1))
     for ax, (title, prepare) in zip(axes, ways, strict=True):
         ax.imshow(cat if prepare is None else prepare(cat)[0].permute(1, 2, 0).clamp(0, 1))
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=8)
         ax.axis("off")
     return figure
 
