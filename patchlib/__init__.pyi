@@ -11,6 +11,7 @@ from .factory import list_models as list_models
 from .factory import load_pretrained as load_pretrained
 from .factory import model_info as model_info
 from .generation import generate as generate
+from .generation import stream as stream
 from .layers.attention import Attention as Attention
 from .layers.convmixer import ConvMixerBlock as ConvMixerBlock
 from .layers.convnext import ConvNeXtBlock as ConvNeXtBlock
@@ -51,6 +52,9 @@ from .models.vit import ViTConfig as ViTConfig
 from .preprocessing import preprocess as preprocess
 from .registry import register_block as register_block
 from .registry import register_model as register_model
+from .text.tokenizer import BPETokenizer as BPETokenizer
+from .text.tokenizer import ByteTokenizer as ByteTokenizer
+from .text.tokenizer import load_tokenizer as load_tokenizer
 from .weights.save import push_to_hub as push_to_hub
 from .weights.save import save_pretrained as save_pretrained
 

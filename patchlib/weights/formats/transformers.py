@@ -5,7 +5,7 @@ from typing import Any
 
 from ...errors import WeightsError, nearest
 from ...registry import find_model_class
-from .table import CONCAT_3, VECTOR, Rule, Table
+from .table import CONCAT_3, TRANSPOSE, VECTOR, Rule, Table
 
 
 def _vit(prefix: str, head: str = "classifier") -> Table:
@@ -75,7 +75,24 @@ def _convnext(prefix: str) -> Table:
     )
 
 
+def _gpt(prefix: str) -> Table:
+    layer = f"{prefix}h.{{i}}."
+    matrices = {"attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    return Table(
+        (
+            Rule("token_embed.weight", f"{prefix}wte.weight"),
+            Rule("pos_embed.weight", f"{prefix}wpe.weight"),
+            Rule("blocks.{i}.norm{n}.{p}", f"{layer}ln_{{n}}.{{p}}"),
+            *(Rule(f"blocks.{{i}}.{a}.weight", f"{layer}{b}.weight", TRANSPOSE) for a, b in matrices.items()),
+            *(Rule(f"blocks.{{i}}.{a}.bias", f"{layer}{b}.bias") for a, b in matrices.items()),
+            Rule("norm.{p}", f"{prefix}ln_f.{{p}}"),
+        ),
+        ignored=rf"lm_head\.weight|{prefix}h\.\d+\.attn\.(masked_)?bias",  # the head is the embedding; masks
+    )
+
+
 TABLES: dict[str, tuple[Table, ...]] = {
+    "GPT": (_gpt("transformer."), _gpt("")),
     "ConvNeXt": (_convnext("convnext."), _convnext("")),
     "ConvNeXtV2": (_convnext("convnextv2."), _convnext("")),
     "ViT": tuple(
@@ -159,10 +176,32 @@ def _convnext_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return "ConvNeXt", fields | {"layer_scale": content.get("layer_scale_init_value", 1e-6) or None}
 
 
-def activation(content: Mapping[str, Any], field: str = "hidden_act") -> dict[str, Any]:
+def _gpt_fields(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    for key, only in (
+        ("tie_word_embeddings", True),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if content.get(key, only) is not only:
+            raise WeightsError(f"field {key!r}: found {content[key]!r}; patchlib's GPT has only {only}")
+    dim = content.get("n_embd", 768)
+    inner = content.get("n_inner") or 4 * dim
+    return "GPT", {
+        "vocab_size": content.get("vocab_size", 50257),
+        "context": content.get("n_positions", 1024),
+        "dim": dim,
+        "depth": content.get("n_layer", 12),
+        "heads": content.get("n_head", 12),
+        "mlp": {**activation(content, "activation_function", "gelu_new"), "ratio": inner / dim},
+        "norm": {"kind": "layer", "eps": content.get("layer_norm_epsilon", 1e-5)},
+    }
+
+
+def activation(content: Mapping[str, Any], field: str = "hidden_act", default: str = "gelu") -> dict[str, Any]:
     """The MLP that a config.json's activation means."""
     forms = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-    name = content.get(field, "gelu")
+    name = content.get(field, default)
     if name not in forms:
         raise WeightsError(f"field {field!r}: found {name!r:.80}{nearest(str(name), forms)}")
     return {"kind": "gelu", "approximate": forms[name]}
@@ -174,7 +213,13 @@ def num_labels(content: Mapping[str, Any]) -> int:
     return len(labels) if isinstance(labels, Mapping) else int(content.get("num_labels", 2))
 
 
-_CONFIGS = {"convnext": _convnext_fields, "convnextv2": _convnext_fields, "vit": _vit_fields, "deit": _vit_fields}
+_CONFIGS = {
+    "gpt2": _gpt_fields,
+    "convnext": _convnext_fields,
+    "convnextv2": _convnext_fields,
+    "vit": _vit_fields,
+    "deit": _vit_fields,
+}
 
 
 def preprocessing(content: Mapping[str, Any]) -> dict[str, Any]:
