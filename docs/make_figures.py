@@ -28,7 +28,7 @@ from patchlib.text.tokenizer import BPETokenizer
 DOCS = Path(__file__).parent
 TEXT = DOCS.parents[1] / "shared" / "data" / "shakespeare" / "tiny.txt"  # public domain; any long English text will do
 BLUE, ORANGE, GREY = "#2f6fab", "#d9822b", "#555555"
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 9, "axes.titlesize": 10, "figure.dpi": 110, "savefig.bbox": "tight", "savefig.pad_inches": 0.08,
     "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "coolwarm",
 }  # fmt: skip
@@ -149,7 +149,7 @@ def positions_broadcast() -> plt.Figure:
     line.add_patch(Rectangle((-0.5, 0.5), dim, patches - 1, facecolor="white", alpha=0.72, zorder=3))
     column.add_patch(Rectangle((-0.5, -0.5), 1, patches, fill=False, linewidth=2, zorder=4, clip_on=False))
     line.add_patch(Rectangle((-0.5, -0.5), dim, 1, fill=False, linewidth=2, zorder=4, clip_on=False))
-    column.set_ylabel("patches, in reading order", color=GREY)
+    column.set_ylabel("patches, in reading order", color=GREY, labelpad=8)
     for ax in (column, line):
         ax.text((dim - 1) / 2 + 0.5, 2.5, "repeated", ha="center", va="center", fontsize=13, color=GREY, zorder=5)
     column.annotate("", (7.3, 3.1), (0.6, 3.1), arrowprops={"arrowstyle": "-|>", "color": GREY}, zorder=5)
@@ -167,6 +167,7 @@ def positions_broadcast() -> plt.Figure:
             (0.835, upper - 0.008), (0.835, lower + height + 0.008), "figure fraction", arrowstyle="-|>", color=GREY
         )
     )
+    figure.text(0.845, (upper + lower + height) / 2, "sine or cosine", va="center", color=GREY)
     figure.text(
         0.04, lower + height / 2,
         "The column has one entry a patch, the row one a place in the vector.\n"
@@ -319,7 +320,7 @@ def sentence() -> plt.Figure:
         "with positions: what the trunk reads",
     )
     repeated = [token for token in dict.fromkeys(chosen) if chosen.count(token) > 1]
-    colours = plt.get_cmap("tab10").colors
+    colours = mpl.color_sequences["tab10"]
     for ax, image, title in zip(axes, (None, plain, placed), titles, strict=True):
         shown = torch.ones_like(plain) if image is None else 0.5 + image / (2 * spread)
         ax.imshow(shown.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
