@@ -55,7 +55,7 @@ def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     return mask.nonzero()[:, 0], validation
 
 
-def augment(images: Tensor, smallest: float = 0.35) -> Tensor:
+def augment(images: Tensor, light: float, smallest: float = 0.35) -> Tensor:
     """Random crops of `smallest` to all of the area, a little stretched, flips, and other light, for a whole batch."""
     n = len(images)
     area, stretch = torch.empty(2, n, device=images.device).uniform_(0, 1)
@@ -68,7 +68,7 @@ def augment(images: Tensor, smallest: float = 0.35) -> Tensor:
     rows = [torch.stack([size[:, 0] * flip, zero, shift[:, 0]], 1), torch.stack([zero, size[:, 1], shift[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    gain, shift = torch.empty(2, n, 3, 1, 1, device=images.device).uniform_(-0.3, 0.3)
+    gain, shift = torch.empty(2, n, 3, 1, 1, device=images.device).uniform_(-light, light)
     return images * (1 + gain) + shift
 
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--mixup", type=float, default=0.8, help="0 for none")
+    parser.add_argument("--light", type=float, default=0.3, help="change of each channel's gain and offset")
     parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth")
     parser.add_argument("--validation", type=float, default=0.1, help="share of the images that is kept back")
     parser.add_argument("--patience", type=int, default=40, help="stop after so many epochs without improvement")
@@ -137,7 +138,10 @@ def main() -> None:
             order = training[torch.randperm(len(training), device=device)]
             bar = tqdm(order[: len(order) // args.batch * args.batch].split(args.batch), f"epoch {epoch}", leave=False)
             for chosen in bar:
-                images, wanted = augment(normalise(pixels[chosen])), F.one_hot(labels[chosen], len(classes)).float()
+                images, wanted = (
+                    augment(normalise(pixels[chosen]), args.light),
+                    F.one_hot(labels[chosen], len(classes)).float(),
+                )
                 if args.mixup:
                     share = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
                     other = torch.randperm(len(images), device=device)

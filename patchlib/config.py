@@ -160,7 +160,8 @@ def kind(role: str, default: Any, *, shared: tuple[str, ...] = (), optional: boo
     def check(where: str, value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping) and "kind" not in value and default:
             value = {**default, **value}
-        spec = kept | block_spec(role, where, value, shared)
+        spec = block_spec(role, where, value, shared)
+        spec |= {key: option for key, option in kept.items() if key not in spec}
         checks = {key: _SHARED[key] for key in shared if key in spec and key in _SHARED}
         return spec | {key: check(f"{where}.{key}", spec[key]) for key, check in checks.items()}
 

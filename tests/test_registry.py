@@ -15,7 +15,7 @@ from patchlib.errors import ConfigError, UnknownNameError
 
 sys.path.insert(0, str(Path(__file__).parent / "goldens"))
 
-from make_index import build_index  # noqa: E402
+from make_index import build_index
 
 ROLES = ["patch_embed", "pos_embed", "stage", "mlp", "norm", "pool"]
 
@@ -25,7 +25,7 @@ class Scale(nn.Module):
 
     def __init__(self, dim: int, *, by: float = 2.0, name: str = "x", sizes: tuple[int, ...] = ()):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), by))
+        self.weight = nn.Parameter(torch.full((dim,), float(by)))
 
     def forward(self, x):
         return x * self.weight
@@ -69,7 +69,8 @@ def test_every_name_leads_to_its_class_and_config():
 
 def test_the_names_of_the_design_are_there():
     assert {
-        "convmixer_24", "convmixer_16", "convmixer_16_8", "vit_24_linear", "vit_24_conv", "vit_16_linear", "vit_16_conv",
+        "convmixer_24", "convmixer_16", "convmixer_16_8", "vit_24_linear", "vit_24_conv", "vit_16_linear",
+        "vit_16_conv",
         "convmixer_256_12", "convmixer_256_12_cifar", "vit_128_6_cifar", "convmixer_256_8", "vit_early_conv_128_6",
         "convmixer_768_32", "convmixer_1024_20_ks9_p14", "convmixer_1536_20", "vit_tiny_patch16_224",
         "vit_small_patch32_384", "vit_large_patch16_384", "deit3_huge_patch14_224", "deit_tiny_distilled_patch16_224",
@@ -112,12 +113,12 @@ def test_another_config_is_refused(config):
 def test_a_class_with_the_name_of_a_built_in_one_is_refused():
     """A saved folder says "ViT": it would be read as the other."""
     mine = type("ViT", (patchlib.ViT,), {})
-    with pytest.raises(ConfigError, match="class 'ViT': patchlib has one of this name.*rename"):
+    with pytest.raises(ConfigError, match=r"class 'ViT': patchlib has one of this name.*rename"):
         patchlib.register_model("mine", mine, mine.Config())
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(UnknownNameError, match="no model is named 'convmixer16'; did you mean .*'convmixer_16'"):
+    with pytest.raises(UnknownNameError, match=r"no model is named 'convmixer16'; did you mean .*'convmixer_16'"):
         registry.find_model("convmixer16")
     with pytest.raises(UnknownNameError, match=r"no model is named 'zzz'; see patchlib\.list_models"):
         registry.find_model("zzz")
