@@ -8,8 +8,8 @@ from ..models.base import Model
 def model_card(model: Model, repo_id: str) -> str:
     """A model card in Markdown: front matter for the Hub, facts from `model.info`, and how to load it.
 
-    Of `model.info` it uses ``license``, ``terms``, ``source``, ``data``, ``command``, ``score`` and ``date``; what is not there
-    is left out.
+    Of `model.info` it uses ``license``, ``terms``, ``source``, ``data``, ``command``, ``score`` and ``date``; what is
+    not there is left out.
     """
     info = model.info
     parameters = sum(p.numel() for p in model.parameters())
