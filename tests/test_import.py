@@ -29,7 +29,7 @@ def watch(event, arguments):
 def recorded(method):
     def read(self, key, *rest):
         frame = sys._getframe(1)
-        while frame and frame.f_code.co_filename.endswith(("os.py", "_collections_abc.py")):
+        while frame and frame.f_code.co_filename.strip("<>").endswith(("os", "os.py", "_abc", "_abc.py")):
             frame = frame.f_back
         if frame and frame.f_code.co_filename.startswith(package):
             reads.append(f"{key} in {frame.f_code.co_filename}")

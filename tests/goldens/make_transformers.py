@@ -11,8 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    GPT2Config,
+    GPT2LMHeadModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -33,6 +39,13 @@ CASES = {
     ),
     "vit_headless": (ViTModel, ViTConfig(**TINY)),
     "deit": (DeiTForImageClassificationWithTeacher, DeiTConfig(**TINY, num_labels=5)),
+}
+CONVNEXT = {"depths": [1, 1, 2, 1], "hidden_sizes": [6, 8, 10, 12], "num_labels": 5, "image_size": 64}
+GPT = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+OTHERS = {
+    "convnext": (ConvNextForImageClassification, ConvNextConfig(**CONVNEXT, layer_norm_eps=0.05)),
+    "convnextv2": (ConvNextV2ForImageClassification, ConvNextV2Config(**CONVNEXT)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT, layer_norm_epsilon=0.01, n_inner=40)),
 }
 
 
@@ -62,6 +75,16 @@ def main() -> None:
         save_file({k: t.contiguous() for k, t in answers.items()}, FOLDER / case / "answers.safetensors")
         if case == "deit":
             save_file(model.state_dict(), FOLDER / case / "state.safetensors")
+    for seed, (case, (model_class, config)) in enumerate(OTHERS.items()):
+        model = model_class(config).eval()
+        redraw(model, seed)
+        generator = torch.Generator().manual_seed(200 + seed)
+        if case == "gpt2":
+            inputs = torch.randint(config.vocab_size, (2, 12), generator=generator)
+        else:
+            inputs = torch.randn(2, 3, 64, 64, generator=generator)
+        model.save_pretrained(FOLDER / case)
+        save_file({"inputs": inputs, "logits": model(inputs).logits}, FOLDER / case / "answers.safetensors")
     processor = ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.4] * 3, image_std=[0.3] * 3)
     processor.save_pretrained(FOLDER / "vit")
     for path in FOLDER.glob("*/*"):

@@ -45,6 +45,29 @@ def test_outputs_are_those_of_transformers(case):
         assert error(model(answers["images"]), answers["logits"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", ["convnext", "convnextv2", "gpt2"])
+@torch.no_grad()
+def test_convnext_and_gpt_give_the_logits_of_transformers(case):
+    answers = load_file(FOLDER / case / "answers.safetensors")
+    assert error(load(case)(answers["inputs"]), answers["logits"]) < TOLERANCE
+    wrong = {"norm": {"kind": "layer", "eps": 0.2}}
+    if case != "gpt2":
+        wrong["pool"] = {"kind": "avg", "norm": True}
+    assert error(load(case, **wrong)(answers["inputs"]), answers["logits"]) > 1e-3
+
+
+@torch.no_grad()
+def test_gpts_other_key_layout_loads_too(tmp_path):
+    """Bare names, with the masks that older files carry and without the head, which is the embedding."""
+    tensors = load_file(FOLDER / "gpt2" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
+    shutil.copy(FOLDER / "gpt2" / "config.json", tmp_path)
+    save_file({**bare, "h.0.attn.bias": torch.ones(1, 1, 16, 16)}, tmp_path / "model.safetensors")
+    answers = load_file(FOLDER / "gpt2" / "answers.safetensors")
+    model = patchlib.create_model(f"local-dir:{tmp_path}")
+    assert error(model(answers["inputs"]), answers["logits"]) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("case", "change"),
     [

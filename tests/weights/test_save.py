@@ -146,6 +146,8 @@ def test_batch_norms_stay_in_float32_on_disk(dtype, tmp_path):
             assert tensor.dtype == (torch.float32 if name.rpartition(".")[0] in norms else dtype), name
     assert torch.equal(load(tmp_path).stem_norm.running_mean, model.stem_norm.running_mean)
     assert load(tmp_path).stem_norm.num_batches_tracked.dtype == torch.int64
+    found = load_file(patchlib.save_pretrained(model.to(dtype), tmp_path) / "model.safetensors")
+    assert (found["stem_norm.running_mean"].dtype, found["head.fc.weight"].dtype) == (torch.float32, dtype)
 
 
 def test_double_precision_is_kept(tmp_path):
