@@ -23,6 +23,7 @@ MAX_DEPTH = 256
 MAX_SIDE = 16_384
 MAX_CLASSES = 1_000_000
 MAX_NUMBER = 2**53
+MAX_ITEMS = 4096  # of a list among a block's options
 
 Check = Callable[[str, Any], Any]
 
@@ -255,11 +256,11 @@ def plain(where: str, value: Any, depth: int = 4) -> Any:
         if not -MAX_CLASSES <= value <= MAX_CLASSES:
             raise _fail(where, value, f"a finite number of at most {MAX_CLASSES}")
         return value
-    if depth and isinstance(value, (list, tuple)):
+    if depth and isinstance(value, (list, tuple)) and len(value) <= MAX_ITEMS:
         return tuple(plain(f"{where}[{i}]", v, depth - 1) for i, v in enumerate(value))
-    if depth and isinstance(value, Mapping):
+    if depth and isinstance(value, Mapping) and len(value) <= MAX_ITEMS:
         return {str(key): plain(f"{where}.{key}", v, depth - 1) for key, v in value.items()}
-    raise _fail(where, value, "a plain value: number, text, true, false, null, or a shallow list or object of them")
+    raise _fail(where, value, "a number, text, true, false, null, or a short and shallow list or object of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from ..models.base import Model
 def model_card(model: Model, repo_id: str) -> str:
     """A model card in Markdown: front matter for the Hub, facts from `model.info`, and how to load it.
 
-    Of `model.info` it uses ``license``, ``terms``, ``source``, ``data``, ``command``, ``score`` and ``date``; what is
-    not there is left out.
+    Of `model.info` it uses ``license``, ``terms``, ``source``, ``data``, ``command``, ``score``, ``date`` and
+    ``notes``; what is not there is left out.
     """
     info = model.info
     parameters = sum(p.numel() for p in model.parameters())
@@ -18,7 +18,7 @@ def model_card(model: Model, repo_id: str) -> str:
     if "license" in info:
         front.append(f"license: {_cell(info['license'])}")
     facts = [f"| Model | {type(model).__name__} |", f"| Parameters | {parameters:,} |"]
-    for key in ("data", "command", "score", "date", "source", "license", "terms"):
+    for key in ("data", "command", "score", "date", "source", "license", "terms", "notes"):
         if key in info:
             facts.append(f"| {key.capitalize()} | {_cell(info[key])} |")
     return "\n".join(

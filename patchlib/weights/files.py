@@ -20,8 +20,9 @@ from ..errors import WeightsError
 
 MAX_JSON = 4 * 2**20  # bytes; a config.json with 22,000 class names, each twice, has less than two
 MAX_NESTING = 32  # levels of a config.json
+MAX_BRACKETS = 50_000  # lists and objects in one; each costs a hundred times its text
 MAX_TEXT = 10_000  # characters of one of its texts
-MAX_HEADER = 4 * 2**20  # bytes; of 40,000 tensors and more
+MAX_HEADER = 2 * 2**20  # bytes; of 20,000 tensors
 
 
 def read_tensors(path: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -122,9 +123,8 @@ def read_shards(index: Path, get: Callable[[str], Path | None]) -> dict[str, Ten
         assert path is not None
         held = read_tensors(path)
         if differing := sorted(held.keys() ^ shards[shard]):
-            raise WeightsError(
-                f"{index}: it and {shard} differ in what the file holds ({', '.join(differing[:8])}); fetch both again"
-            )
+            shown = ", ".join(name[:80] for name in differing[:8])
+            raise WeightsError(f"{index}: it and {shard} differ in what the file holds ({shown}); fetch both again")
         tensors |= held
     return tensors
 
@@ -150,6 +150,10 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON:
             raise WeightsError(f"{path}: found {path.stat().st_size} bytes; allowed: at most {MAX_JSON}; not a config")
         text = path.read_text(encoding="utf-8")
+        if (brackets := text.count("[") + text.count("{")) > MAX_BRACKETS:
+            raise ValueError(
+                f"found {brackets} lists and objects; allowed: at most {MAX_BRACKETS}, and {MAX_NESTING} levels"
+            )
         content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
         check_plain(content)
     except OSError as error:

@@ -284,7 +284,7 @@ def _refuse(
         return
     lists = {"missing": missing, "not used": unexpected, "of another shape or dtype": misshapen}
     shown = [
-        f"{len(names)} {word}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        f"{len(names)} {word}: {', '.join(name[:200] for name in names[:8])}{', …' if len(names) > 8 else ''}"
         for word, names in lists.items()
         if names
     ]

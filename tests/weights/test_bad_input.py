@@ -135,7 +135,7 @@ def edit(folder, *path, value=None, remove=False):
         ('{"format": "patchlib", "format_version": 1, "model": "ViT", "config": {"drop": 1e999}}', "inf"),
         ('{"a":' * 2_000_000, "not a config"),  # 10 MB
         ('{"a":' + "[" * (20 * 2**20), "not a config"),
-        ('{"format": "patchlib", "info":' + '{"a":' * 500_000, "nested deeper"),
+        ('{"format": "patchlib", "info":' + '{"a":' * 500_000, "500001 lists and objects"),
         ('{"' + "a" * 3_000_000 + '": 1}', "text of 3000000"),
         ('{"format": "patchlib", "format_version": 1, "model": "' + "a" * 9000 + '", "config": {}}', "field 'model'"),
         ("\0" * 100, "not valid JSON"),
@@ -229,6 +229,12 @@ def test_options_of_blocks_out_of_range(named, value, folder):
     field = {"'bias'": "patch_embed", "'device'": "norm"}.get(field, field)
     edit(folder, "config", field, value=[value] if field == "stages" else value)
     refuse(folder, "config.json", f"PatchNetConfig.{field}", named)
+
+
+def test_tensors_with_endless_names(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "x" * 300_000: torch.zeros(1)}, folder / "model.safetensors")
+    refuse(folder, "1 not used: xxx", config_is_valid=True)
 
 
 @pytest.mark.parametrize(

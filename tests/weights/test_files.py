@@ -277,12 +277,13 @@ def test_json_is_read(tmp_path):
         ('{"a": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"a":' * 33 + "1" + "}" * 33, "deeper than 32"),
         ('{"a":' + "[" * 900 + "]" * 900 + "}", "deeper than 32"),
-        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "deeper than 32"),
-        ("[" * 2_000_000, "deeper than 32"),
+        ('{"a":' + "[" * 40_000 + "]" * 40_000 + "}", "deeper than 32"),
+        ("[" * 2_000_000, "found 2000000 lists and objects; allowed: at most"),
+        ('{"a": [' + "{}," * 1_000_000 + "1]}", "found 1000002 lists and objects; allowed: at most"),
         ('{"a": "' + "x" * 20_000 + '"}', "text of 20000 characters"),
         ('{"' + "x" * 20_000 + '": 1}', "text of 20000 characters"),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_json_that_is_no_config_is_refused(text, named, tmp_path):
     (tmp_path / "c.json").write_text(text)
