@@ -260,7 +260,7 @@ def plain(where: str, value: Any, depth: int = 4) -> Any:
         return tuple(plain(f"{where}[{i}]", v, depth - 1) for i, v in enumerate(value))
     if depth and isinstance(value, Mapping) and len(value) <= MAX_ITEMS:
         return {str(key): plain(f"{where}.{key}", v, depth - 1) for key, v in value.items()}
-    raise _fail(where, value, "a number, text, true, false, null, or a short and shallow list or object of them")
+    raise _fail(where, value, "a plain value: number, text, true, false, null, or a short, flat list or object of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,6 +198,9 @@ def test_other_classes_than_a_bare_files_have_to_be_named(folder, tmp_path):
     with pytest.raises(patchlib.WeightsError, match=r"head\.fc\.weight \(5, 16\) for \(2, 16\).*num_classes="):
         patchlib.create_model("vit_16_conv", **{key: value for key, value in options.items() if key != "num_classes"})
     assert patchlib.create_model("vit_16_conv", **{**options, "num_classes": 2}).num_classes == 2
+    save_file({**load_file(file), "head.fc.weight": torch.tensor(1.0)}, tmp_path / "scalar.safetensors")
+    scalar = {**options, "checkpoint": tmp_path / "scalar.safetensors"}
+    assert patchlib.create_model("vit_16_conv", **scalar).head.fc.weight.shape == (5, 16)
     headless = {key: t for key, t in load_file(file).items() if not key.startswith("head.")}
     save_file(headless, tmp_path / "headless.safetensors")
     options["checkpoint"] = tmp_path / "headless.safetensors"

@@ -237,7 +237,7 @@ def unwrapped(model: nn.Module) -> Model:
 def number_of_classes(model: Model, checkpoint: Checkpoint) -> int | None:
     """How many classes the classifier in a bare file has, as `model` would name it; None if it has none."""
     tensors, *_ = _convert(model, checkpoint, ["head.fc.weight"])
-    return len(tensors["head.fc.weight"]) if tensors else None
+    return next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), None)
 
 
 def _head_names(model: Model) -> set[str]:
