@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -35,6 +35,15 @@ _BLOCKS: dict[str, dict[str, Any]] = {
         "avg": _LAYERS + "pool:AvgPool",
         "attention": _LAYERS + "pool:AttentionPool",
     },
+}
+# What the models set themselves, and an option therefore cannot.
+_GIVEN = {
+    "patch_embed": ("patch_size", "in_chans", "dim"),
+    "pos_embed": ("dim", "size", "prefix", "head_dim"),
+    "stage": ("dim", "drop_path"),
+    "mlp": ("dim", "drop"),
+    "norm": ("normalized_shape",),
+    "pool": ("dim",),
 }
 _user_blocks: dict[tuple[str | None, str], Callable[..., Any]] = {}
 _user_models: dict[str, "ModelEntry"] = {}
@@ -117,9 +126,7 @@ def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: A
         raise ConfigError(f"{role}: found {spec!r:.80}; allowed: the name of a kind, or an object with 'kind'")
     options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "kind"}
     block = find_block(role, kind)
-    for key in options.keys() & given.keys():
-        raise ConfigError(f"{role} {kind!r}: option {key!r} is set by the model; leave it out")
-    check_options(role, kind, options)
+    check_options(role, kind, options, given)
     takes = _options(block)
     try:
         return block(*args, **{key: value for key, value in given.items() if takes is None or key in takes}, **options)
@@ -129,12 +136,15 @@ def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: A
         raise ConfigError(f"{role} {kind!r} cannot be built with the options {options!r:.200} ({error})") from error
 
 
-def check_options(role: str, kind: str, options: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` if the block of this kind has no such option, or annotates it with another type."""
+def check_options(role: str, kind: str, options: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Raises `ConfigError` if the block of this kind has no such option, annotates it with another type, or is `given`
+    it by the model."""
     takes = _options(find_block(role, kind))
     for key, value in options.items():
+        if key in given or key in _GIVEN[role]:
+            raise ConfigError(f"{role} {kind!r}: option {key!r} is set by the model; leave it out")
         if takes is None:
-            return
+            continue
         if key not in takes:
             raise ConfigError(f"{role} {kind!r} has no option {key!r:.80}{nearest(key, takes)}")
         if not _fits(value, takes[key]):

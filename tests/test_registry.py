@@ -264,6 +264,17 @@ def test_a_spec_without_a_kind_is_refused(spec):
         registry.build_block("norm", spec, 8)
 
 
-def test_what_the_model_sets_is_no_option():
-    with pytest.raises(ConfigError, match="stage 'convmixer': option 'dim' is set by the model"):
-        registry.build_block("stage", {"kind": "convmixer", "dim": 8}, dim=8)
+@pytest.mark.parametrize(
+    ("role", "kind", "option"),
+    [("stage", "convmixer", "dim"), ("patch_embed", "conv", "in_chans"), ("pos_embed", "learned", "size"),
+     ("mlp", "gelu", "drop"), ("norm", "layer", "normalized_shape"), ("pool", "attention", "dim")],
+)  # fmt: skip
+def test_what_the_model_sets_is_no_option(role, kind, option):
+    named = f"{role} '{kind}': option '{option}' is set by the model; leave it out"
+    with pytest.raises(ConfigError, match=named):
+        registry.check_options(role, kind, {option: 8})
+    with pytest.raises(ConfigError, match=named):
+        registry.build_block(role, {"kind": kind, option: 8})
+    patchlib.register_block("anything", lambda **options: nn.Identity(), role="stage")
+    with pytest.raises(ConfigError, match="stage 'anything': option 'extra' is set by the model"):
+        registry.build_block("stage", {"kind": "anything", "extra": 1}, extra=2)
