@@ -7,12 +7,17 @@ from ..errors import ConfigError, nearest
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
-def activation(name: str) -> nn.Module:
+def activation(name: str, *, inplace: bool = False) -> nn.Module:
     """The module behind ``"gelu"`` (exact), ``"relu"`` or ``"silu"``.
+
+    Args:
+        name: one of these.
+        inplace: overwrite the input where torch can (not for gelu): right after a convolution, which does not need
+            its output again.
 
     Raises:
         ConfigError: the name is another.
     """
     if name not in ACTIVATIONS:
         raise ConfigError(f"act: found {name!r}{nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
+    return nn.GELU() if name == "gelu" else ACTIVATIONS[name](inplace=inplace)
