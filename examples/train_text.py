@@ -3,14 +3,15 @@
     python examples/train_text.py tiny.txt --minutes 5
     python examples/train_text.py tiny.txt --device cuda --minutes 0.5 --lr 1e-3 3e-3 --seeds 0 1 2
     python examples/train_text.py tiny.txt --models gpt_tiny 'gpt_tiny:{"drop":0.2}'
+    python examples/train_text.py tiny.txt --tokenizer bytes --context 64 --bf16
 
 The rules, the same for every model:
 - The text is cut by position: 90 % to train, 5 % to validate, 5 % to test (``--split random_windows`` deals overlapping
   windows instead; its losses are too good). The tokenizer learns from the first 85 %.
 - A training lasts `--minutes` of training steps; evaluating, saving and one first step without effect do not count.
 - The learning rate is the one of `--lr` with the lowest validation loss after `--tune-minutes`, with the first seed.
-- A loss is over target tokens: a model reads the 256 tokens before a target, all in the same part, and predicts it, be
-  it windowed or causal; an n-gram looks at the last of them. In training there are `--targets`, evenly spaced; the
+- A loss is over target tokens: a model reads the `--context` tokens before a target, all in the same part, and predicts it,
+  be it windowed or causal; an n-gram looks at the last of them. In training there are `--targets`, evenly spaced; the
   final numbers are of `--final-targets`.
 - The weights with the lowest validation loss in training count. The test part is read once, after everything.
 
@@ -37,7 +38,7 @@ from patchlib.text.data import Windows, read_tokens, split_windows, write_tokens
 from patchlib.text.ngram import fit_ngram
 from patchlib.text.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
-CONTEXT, EVALUATIONS = 256, 10
+EVALUATIONS = 10
 
 
 def arguments() -> argparse.Namespace:
@@ -51,6 +52,8 @@ def arguments() -> argparse.Namespace:
     add("--lr", nargs="+", type=float, default=[1e-3])
     add("--seeds", nargs="+", type=int, default=[0])
     add("--batch-size", type=int, default=64)
+    add("--context", type=int, default=256, help="tokens that a model reads")
+    add("--bf16", action="store_true", help="autocast on a CPU too, where it is faster on recent ones")
     add("--split", default="position", choices=["position", "random_windows"])
     add("--targets", type=int, default=1000)
     add("--final-targets", type=int, help="if left out, all on a GPU, 4000 on a CPU")
@@ -77,12 +80,18 @@ def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows]]:
         write_tokens(file, tokenizer.encode(text), tokenizer)
     tokens = read_tokens(file, tokenizer)
     print(f"{len(tokens)} tokens of {tokenizer.vocab_size}, {len(text) / len(tokens):.2f} characters each")
-    return tokenizer, split_windows(tokens, CONTEXT + 1, (0.9, 0.05, 0.05), split=args.split)
+    return tokenizer, split_windows(tokens, args.context + 1, (0.9, 0.05, 0.05), split=args.split)
 
 
-def build(spec: str, vocab_size: int, device: str) -> torch.nn.Module:
+def build(args: argparse.Namespace, spec: str, vocab_size: int) -> torch.nn.Module:
     name, _, fields = spec.partition(":")
-    return patchlib.create_model(name, vocab_size=vocab_size, device=device, **json.loads(fields or "{}"))
+    length = "num_tokens" if name.startswith("convnextv2") else "context"
+    fields = {length: args.context, **json.loads(fields or "{}")}
+    return patchlib.create_model(name, vocab_size=vocab_size, device=args.device, **fields)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cuda" if args.on_gpu else "cpu", torch.bfloat16, enabled=args.on_gpu or args.bf16)
 
 
 @torch.no_grad()
@@ -92,14 +101,14 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, windows: Windows,
     windows, total = windows.spread(count), 0.0
     for indices in torch.arange(len(windows)).split(512 if args.on_gpu else 32):
         batch = windows.take(indices).to(args.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.on_gpu):
+        with autocast(args):
             logits = model.next_logits(batch[:, :-1])
         total += F.cross_entropy(logits.float(), batch[:, -1], reduction="sum").item()
     return total / len(windows)
 
 
 def backward(args: argparse.Namespace, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cuda", torch.bfloat16, enabled=args.on_gpu):
+    with autocast(args):
         logits = model(batch[:, :-1])
     targets = batch[:, -logits.shape[1] :]  # all positions of a causal model, the last of a windowed one
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -112,14 +121,14 @@ def train(
 ) -> dict:
     """One training. Its folder keeps the best weights, the last state, and in the end the result."""
     run = {"model": spec, "lr": lr, "seed": seed, "minutes": minutes, "vocab_size": vocab_size}
-    run |= {key: getattr(args, key) for key in ("batch_size", "split", "device", "targets")}
+    run |= {key: getattr(args, key) for key in ("batch_size", "context", "bf16", "split", "device", "targets")}
     digest = hashlib.sha256(json.dumps({**run, "tokens": len(parts[0].tokens)}).encode()).hexdigest()[:8]
     folder = args.out / "runs" / f"{spec.partition(':')[0]}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
     torch.manual_seed(seed)
-    model, draws = build(spec, vocab_size, args.device), torch.Generator().manual_seed(seed)
+    model, draws = build(args, spec, vocab_size), torch.Generator().manual_seed(seed)
     groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=args.on_gpu)
@@ -183,7 +192,7 @@ def peak_memory(args: argparse.Namespace, reset: bool = False) -> int:
 
 def measure(args: argparse.Namespace, results: list[dict], tokenizer: Tokenizer, parts: list[Windows]) -> dict:
     """The final numbers of one model, whose best weights of all seeds are saved with the tokenizer."""
-    model = build(results[0]["model"], tokenizer.vocab_size, args.device)
+    model = build(args, results[0]["model"], tokenizer.vocab_size)
     losses = []
     for result in results:
         patchlib.load_pretrained(model, result["weights"])
