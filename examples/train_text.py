@@ -10,9 +10,9 @@ The rules, the same for every model:
   windows instead; its losses are too good). The tokenizer learns from the first 85 %.
 - A training lasts `--minutes` of training steps; evaluating, saving and one first step without effect do not count.
 - The learning rate is the one of `--lr` with the lowest validation loss after `--tune-minutes`, with the first seed.
-- A loss is over target tokens: a model reads the `--context` tokens before a target, all in the same part, and predicts it,
-  be it windowed or causal; an n-gram looks at the last of them. In training there are `--targets`, evenly spaced; the
-  final numbers are of `--final-targets`.
+- A loss is over target tokens: a model reads the `--context` tokens before a target, all in the same part, and predicts
+  it, be it windowed or causal; an n-gram looks at the last of them. In training there are `--targets`, evenly spaced;
+  the final numbers are of `--final-targets`.
 - The weights with the lowest validation loss in training count. The test part is read once, after everything.
 
 Given again, the same command goes on where it was interrupted.

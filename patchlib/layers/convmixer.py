@@ -1,5 +1,6 @@
 """The ConvMixer block."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,6 +8,7 @@ from .activation import activation
 from .depthwise import DepthwiseConv
 from .drop import DropPath
 from .grid import nchw
+from .recompute import recompute
 from .scale import LayerScale
 
 
@@ -20,23 +22,38 @@ class ConvMixerBlock(nn.Module):
         act: ``"gelu"`` or ``"relu"``.
         rezero: scale the residual branch by one learned scalar that starts at zero.
         drop_path: probability that a sample skips the depthwise branch in training.
+        memory_efficient: keep for the backward pass only the block's input and the pointwise convolution's output;
+            the rest is computed again.
 
     Shape: ``(batch, height, width, dim)`` to the same.
     """
 
     def __init__(
-        self, dim: int, kernel_size: int = 9, *, act: str = "gelu", rezero: bool = False, drop_path: float = 0.0
+        self,
+        dim: int,
+        kernel_size: int = 9,
+        *,
+        act: str = "gelu",
+        rezero: bool = False,
+        drop_path: float = 0.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         self.depthwise = DepthwiseConv(dim, kernel_size)
         self.norm1 = nn.BatchNorm2d(dim)
         self.scale = LayerScale(1, init=0.0) if rezero else nn.Identity()
         self.drop_path = DropPath(drop_path)
         self.pointwise = Pointwise(dim, dim)
         self.norm2 = nn.BatchNorm2d(dim)
-        self.act = activation(act, inplace=True)
+        self.act = activation(act, inplace=not memory_efficient)  # what is kept must stay
 
     def forward(self, grid: Tensor) -> Tensor:
+        if self.memory_efficient and torch.is_grad_enabled():
+            return recompute(self._mix, grid, keep_products=True)
+        return self._mix(grid)
+
+    def _mix(self, grid: Tensor) -> Tensor:
         mixed = nchw(self.norm1, self.act(self.depthwise(grid)))
         grid = self.drop_path(self.scale(mixed)).add_(grid)  # in place: fresh memory costs the CPU more than adding
         grid = self.act(self.pointwise(grid))

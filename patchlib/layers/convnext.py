@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..registry import build_block
@@ -10,6 +11,7 @@ from .depthwise import DepthwiseConv
 from .drop import DropPath
 from .grn import GRN
 from .mlp import hidden_size
+from .recompute import recompute
 from .scale import LayerScale
 
 
@@ -25,6 +27,8 @@ class ConvNeXtBlock(nn.Module):
         layer_scale: V1's learned factor a channel, its start value; None for none.
         norm: kind and options of the norm.
         drop_path: probability that a sample skips the branch in training.
+        memory_efficient: keep for the backward pass only the block's input and what the two linear layers gave; the
+            rest is computed again.
 
     Shape: ``(batch, height, width, dim)`` to the same.
     """
@@ -42,8 +46,10 @@ class ConvNeXtBlock(nn.Module):
         layer_scale: float | None = None,
         norm: str | Mapping[str, Any] | None = None,
         drop_path: float = 0.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
+        self.memory_efficient = memory_efficient
         hidden = hidden_size(dim, ratio)
         self.depthwise = self.Depthwise(dim, kernel_size)
         self.norm = build_block("norm", norm or {"kind": "layer", "eps": 1e-6}, dim)
@@ -57,6 +63,11 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`, ``(batch, height, width)`` with 1 where a patch is seen, keeps the others at zero, as sparse
         convolution would in FCMAE pretraining."""
+        if self.memory_efficient and torch.is_grad_enabled():
+            return recompute(self._mix, grid, mask, keep_products=True)
+        return self._mix(grid, mask)
+
+    def _mix(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
         seen = None if mask is None else mask[..., None].to(grid.dtype)
         x = grid if seen is None else grid * seen
         x = self.act(self.fc1(self.norm(self.depthwise(x))))

@@ -27,6 +27,7 @@ class ConvMixerConfig(BaseConfig):
         rezero: scale each residual branch by a learned scalar that starts at zero.
         drop: probability of dropout before the classifier.
         drop_path: stochastic depth of the last block; it grows linearly from 0.
+        memory_efficient: train with less memory, see `ConvMixerBlock`.
     """
 
     dim: int = integer(512, 1, MAX_DIM)
@@ -42,6 +43,7 @@ class ConvMixerConfig(BaseConfig):
     pool: dict[str, Any] = kind("pool", {"kind": "avg"})
     drop: float = number(0.0, 0, 0.99)
     drop_path: float = number(0.0, 0, 0.99)
+    memory_efficient: bool = flag(False)
 
     def check(self) -> None:
         if self.pool["kind"] == "class":
@@ -67,7 +69,14 @@ class ConvMixer(ImageModel):
         self.act = activation(config.act)
         self.stem_norm = nn.BatchNorm2d(config.dim)
         self.blocks = nn.ModuleList(
-            ConvMixerBlock(config.dim, config.kernel_size, act=config.act, rezero=config.rezero, drop_path=rate)
+            ConvMixerBlock(
+                config.dim,
+                config.kernel_size,
+                act=config.act,
+                rezero=config.rezero,
+                drop_path=rate,
+                memory_efficient=config.memory_efficient,
+            )
             for rate in drop_path_schedule(config.drop_path, config.depth)
         )
         self.norm = nn.Identity()  # each block ends with its own

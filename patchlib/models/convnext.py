@@ -50,6 +50,7 @@ class ConvNeXtConfig(BaseConfig):
             options, for instance ``{"kind": "layer", "eps": 1e-12}``, say that it follows and is another than `norm`.
         drop: probability of dropout before the classifier.
         drop_path: stochastic depth of the last block; it grows linearly from 0.
+        memory_efficient: train with less memory, see `ConvNeXtBlock`.
     """
 
     depths: tuple[int, ...] = integers((3, 3, 9, 3), 1, MAX_DEPTH)
@@ -66,6 +67,7 @@ class ConvNeXtConfig(BaseConfig):
     pool: dict[str, Any] = kind("pool", {"kind": "avg", "norm": True}, shared=("norm",))
     drop: float = number(0.0, 0, 0.99)
     drop_path: float = number(0.0, 0, 0.99)
+    memory_efficient: bool = flag(False)
 
     def check(self) -> None:
         name = type(self).__name__
@@ -148,6 +150,7 @@ class ConvNeXt(ImageModel):
             ConvNeXtStage(
                 before, dim, [next(rates) for _ in range(depth)], config.norm,
                 kernel_size=config.kernel_size, grn=config.grn, layer_scale=config.layer_scale,
+                memory_efficient=config.memory_efficient,
             )
             for before, dim, depth in zip((None, *dims), dims, config.depths, strict=False)
         )  # fmt: skip

@@ -1,11 +1,16 @@
 """Gradient checkpointing against plain backpropagation."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from patchlib.layers.convmixer import ConvMixerBlock
+from patchlib.layers.convnext import ConvNeXtBlock
 from patchlib.layers.recompute import recompute
 
 
@@ -48,3 +53,66 @@ def test_dropout_is_drawn_once():
     output = recompute(nn.Sequential(nn.Identity(), nn.Dropout(0.5)), x)
     output.sum().backward()
     assert torch.equal(x.grad, output.detach())
+
+
+@pytest.mark.parametrize("block", [
+    lambda **o: ConvMixerBlock(8, 5, act="relu", drop_path=0.3, **o),
+    lambda **o: ConvMixerBlock(8, 5, act="gelu", rezero=True, **o),
+    lambda **o: ConvNeXtBlock(8, 5, drop_path=0.3, **o),
+    lambda **o: ConvNeXtBlock(8, 5, grn=False, layer_scale=0.1, **o),
+])  # fmt: skip
+@pytest.mark.parametrize("autocast", [False, True])
+def test_memory_efficient_blocks_have_the_plain_gradients_and_statistics(block, autocast):
+    plain, saving = block().train(), block(memory_efficient=True).train()
+    for value in plain.parameters():
+        nn.init.normal_(value, std=0.3)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 6, 6, 8)
+    gradients = []
+    for module in (plain, saving):
+        torch.manual_seed(0)
+        entry = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            module(entry).float().sin().sum().backward()
+        gradients.append([entry.grad, *(p.grad for p in module.parameters())])
+    assert all(g.abs().sum() > 0 for g in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memory_efficient_blocks_compute_no_product_twice():
+    """The count of multiply-adds grows by the depthwise convolution's forward, and by nothing else."""
+    dim, kernel, x = 8, 3, torch.randn(2, 6, 6, 8)
+    counts = []
+    for saving in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            ConvMixerBlock(dim, kernel, memory_efficient=saving)(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == 2 * x.numel() * kernel**2
+
+
+@pytest.mark.parametrize(("block", "most"), [(ConvMixerBlock, 2), (ConvNeXtBlock, 6)])
+def test_memory_efficient_blocks_keep_little(block, most):
+    """What is alive after the forward, in multiples of the input: input and product; input, hidden layer, output."""
+    x, alive = torch.randn(2, 16, 16, 32).requires_grad_(), {}
+
+    class Kept(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    alive[tensor.untyped_storage().data_ptr()] = weakref.ref(tensor.untyped_storage())
+            return result
+
+    def kept(**options):
+        alive.clear()
+        module = block(32, 7, **options)
+        with Kept():
+            output = module(x)
+        storages = [s for s in (reference() for reference in alive.values()) if s is not None]
+        own = {p.untyped_storage().data_ptr() for p in module.parameters()} | {output.untyped_storage().data_ptr()}
+        return sum(s.nbytes() for s in storages if s.data_ptr() not in own) / x.untyped_storage().nbytes()
+
+    assert kept(memory_efficient=True) < most + 0.5 < kept()
