@@ -5,6 +5,7 @@ Without names it draws all. The photograph is scikit-image's cat (Stéfan van de
 
 import argparse
 import io
+import json
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -392,6 +393,24 @@ def depthwise_gradient() -> plt.Figure:
     return figure
 
 
+def language_losses() -> plt.Figure:
+    """Validation losses over the minutes of training, as `examples/train_text.py` measured them."""
+    names = {"gpt_tiny": "GPT", "convnextv2_lm_tiny": "ConvNeXtV2LM, windowed", "causal_conv_lm_tiny": "CausalConvLM"}
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, row in enumerate(json.loads((DOCS / "measured" / "language.json").read_text())["models"]):
+        if "histories" not in row:
+            ax.axhline(row["validation"][0], color="grey", linestyle="--", linewidth=1)
+            ax.text(0.3, row["validation"][0], row["model"], va="bottom", color="dimgrey")
+            continue
+        for j, history in enumerate(row["histories"]):
+            seconds, losses = zip(*history, strict=True)
+            label = None if j else names[row["model"].partition(":")[0]]
+            ax.plot([s / 60 for s in seconds], losses, f"C{i}.-", label=label)
+    ax.set(xlabel="minutes of training on one core", ylabel="validation loss, nats a byte", ylim=(1.5, 2.8))
+    ax.legend()
+    return figure
+
+
 def crops() -> plt.Figure:
     """One photograph through the three crop modes."""
     cat = Image.fromarray(skimage.data.chelsea())
@@ -420,6 +439,7 @@ FIGURES = [
     crops,
     depthwise_gradient,
     sentence,
+    language_losses,
 ]
 
 

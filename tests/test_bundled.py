@@ -5,9 +5,14 @@ import json
 import pytest
 import skimage.data
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import patchlib
+from patchlib.cli import main
+from patchlib.text.data import split_windows
+from patchlib.text.ngram import fit_ngram
+from patchlib.text.tokenizer import load_tokenizer
 from patchlib.weights.catalog import BUNDLED, find_weights, weights_of
 from patchlib.weights.hub import sha256_of
 
@@ -55,3 +60,36 @@ def test_the_card_holds_on_the_thousand_test_photographs(shared):
     assert len(files) == 1000
     # a photograph or two may lie so near the border that another machine's rounding moves it
     assert abs(hits / len(files) - model.info["test_accuracy"]) <= 0.002
+
+
+TEXT_MODELS = ("convnextv2_lm_tiny", "gpt_tiny")
+
+
+def test_the_text_models_are_small():
+    folders = [find_weights(name, "tiny_shakespeare").bundled_folder for name in TEXT_MODELS]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 12_000_000
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_text_models_hold_their_card_and_beat_the_trigram(name, shared):
+    model = patchlib.create_model(name, pretrained=True)
+    tokenizer = load_tokenizer(find_weights(name, "tiny_shakespeare").bundled_folder)
+    text = (shared / "shakespeare" / "tiny.txt").read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer.encode(text))
+    _, validation, _ = split_windows(tokens, model.context + 1, (0.9, 0.05, 0.05))
+    spread = validation.spread(4000)
+    windows = spread.take(torch.arange(len(spread)))
+    with torch.no_grad():
+        logits = torch.cat([model.next_logits(batch[:, :-1]) for batch in windows.split(100)])
+    loss = F.cross_entropy(logits, windows[:, -1]).item()
+    assert loss == pytest.approx(model.info["validation_loss"], abs=2e-3)
+    trigram = fit_ngram(tokens[: round(len(tokens) * 0.9)], 3, tokenizer.vocab_size)
+    assert loss < trigram.loss(windows)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_text_models_write(name, capsys):
+    assert main(["generate", name, "--prompt", "ROMEO:", "--max-new-tokens", "40", "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ROMEO:")
+    assert sum(letter in " etaoinshr\n" for letter in text) > len(text) / 2

@@ -297,7 +297,11 @@ def with_input_size(info: Mapping[str, Any], img_size: int | tuple[int, int]) ->
 
 
 class LanguageModel(Model):
-    """A model of token sequences. A subclass provides `forward` and, in its config, ``vocab_size``."""
+    """A model of token sequences. A subclass provides `forward` and, in its config, ``vocab_size``.
+
+    One that need not read everything again for each new token has ``start(ids)`` and ``step(ids, cache)`` too, which
+    give the next token's logits ``(batch, vocab_size)`` and a cache; `generate` uses them where they are.
+    """
 
     context: int  # how many tokens it can read at once
 
