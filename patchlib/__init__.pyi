@@ -49,6 +49,7 @@ from .models.patchnet import PatchNet as PatchNet
 from .models.patchnet import PatchNetConfig as PatchNetConfig
 from .models.vit import ViT as ViT
 from .models.vit import ViTConfig as ViTConfig
+from .optimization import optimize as optimize
 from .preprocessing import preprocess as preprocess
 from .registry import register_block as register_block
 from .registry import register_model as register_model

@@ -92,4 +92,5 @@ def test_the_text_models_write(name, capsys):
     assert main(["generate", name, "--prompt", "ROMEO:", "--max-new-tokens", "40", "--seed", "1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("ROMEO:")
-    assert sum(letter in " etaoinshr\n" for letter in text) > len(text) / 2
+    new = text.removeprefix("ROMEO:")  # of 256 bytes, an untrained model draws 28 of these
+    assert sum(letter.islower() or letter in " \n" for letter in new) > 0.6 * len(new)
