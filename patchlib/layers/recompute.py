@@ -26,10 +26,12 @@ def recompute(function: Callable[..., Tensor], *args: Any, keep_products: bool =
         keep_products: keep what matrix products (linear layers, 1x1 convolutions) gave, the part that is costly to
             compute again; norms, activations and depthwise convolutions are cheap beside it.
     """
-    selective = _keeping_products if keep_products else noop_context_fn
-    if torch.compiler.is_compiling():  # a compiler's second run writes no buffers, and takes no other contexts
-        return checkpoint(function, *args, use_reentrant=False, context_fn=selective)
+    if torch.compiler.is_compiling():  # a compiler's second run writes no buffers, and it knows contexts by name only
+        if keep_products:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_products)
+        return checkpoint(function, *args, use_reentrant=False)
     module: Any = getattr(function, "__self__", function)
+    selective = _keeping_products if keep_products else noop_context_fn
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         first, again = selective()
