@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops.depthwise import depthwise_conv2d
+from ..ops.grn import energy, respond
 from .convnext import ConvNeXtBlock
 from .grid import grid_to_nchw, nchw_to_grid, pair
-from .grn import GRN, energy
+from .grn import GRN
 
 
 class CausalDepthwiseConv(nn.Module):
@@ -89,12 +90,14 @@ class CausalGRN(GRN):
     Shape: ``(batch, height, width, dim)`` to the same.
     """
 
-    def strength(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         above = energy(x, 2).cumsum(1)[:, :-1]
-        return self.root(F.pad(above, (0, 0, 1, 0)))[:, :, None]
+        return self.respond(x, F.pad(above, (0, 0, 1, 0))[:, :, None])
 
-    def root(self, total: Tensor) -> Tensor:
-        return (total + 1e-6).sqrt()  # what every channel starts from
+    def respond(self, x: Tensor, above: Tensor) -> Tensor:
+        """Cells, ``(batch, …, dim)``, by the sums of squares in the rows above them."""
+        strength = (above + 1e-6).sqrt()  # what every channel starts from
+        return respond(x, strength, self.weight, self.bias, self.eps)
 
 
 class BlockCache(NamedTuple):
@@ -157,5 +160,5 @@ class CausalConvNeXtBlock(ConvNeXtBlock):
             above, row = above + row, torch.zeros_like(row)
         history = torch.cat([history, x[:, None]], dim=1)
         hidden = self.act(self.fc1(self.norm(self.depthwise.step(history, taps))))
-        x = x + self.fc2(self.grn.respond(hidden, self.grn.root(above)))
+        x = x + self.fc2(self.grn.respond(hidden, above))
         return x, BlockCache(history[:, 1:], above, row + energy(hidden[:, None], 1))

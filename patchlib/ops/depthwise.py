@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import InputError, require
+from .plain import differentiates, plain
 
 Size = int | Sequence[int]
 
@@ -169,7 +169,7 @@ def choose_route(x: Tensor, weight: Tensor, stride: Size = 1, padding: Size = 0,
         return TORCH
     for rule in RULES:
         if rule.device == device and dtype in rule.dtypes and kernel.numel() >= rule.taps and elements >= rule.elements:
-            return rule.route if _plain(x, weight) else TORCH
+            return rule.route if plain(x, weight) else TORCH
     return TORCH
 
 
@@ -193,7 +193,7 @@ def depthwise_input_grad(grad: Tensor, weight: Tensor, padding: Size, *, route: 
         size = [grad.shape[2 + i] - back[i] + pads[i] for i in (0, 1)]
         x = grad.new_empty((grad.shape[0], channels, *size)).to(memory_format=_format(grad))
         return _torch_backward(grad, x, weight, pads, (True, False))[0]
-    if way == "triton" and not _differentiates(grad, weight):
+    if way == "triton" and not differentiates(grad, weight):
         return _conv2d(grad, weight.flip(2, 3), None, back)
     return F.conv2d(grad, weight.flip(2, 3), None, 1, back, 1, channels)
 
@@ -216,7 +216,7 @@ def depthwise_weight_grad(
     kernel, pads = _pair("kernel_size", kernel_size), _pair("padding", padding)
     weight = x.new_empty((x.shape[1], 1, *kernel))
     way = (choose_route(x, weight, 1, pads) if route is None else route).weight_grad
-    if way == "torch" or _differentiates(grad, x):
+    if way == "torch" or differentiates(grad, x):
         return _torch_backward(grad, x, weight, pads, (False, True))[1]
     if way == "batch" and not torch.compiler.is_compiling():
         return _batch_weight_grad(grad, x, kernel, pads)
@@ -435,20 +435,6 @@ def _dtype(x: Tensor) -> torch.dtype:
 def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts as autocast does, beforehand: what is saved for backward is then what was convolved."""
     return [None if t is None else t.to(_dtype(t)) for t in tensors]
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether nothing but plain backpropagation, eager or compiled, can ask for gradients."""
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return all(type(t) in (Tensor, torch.nn.Parameter) and unpack_dual(t).tangent is None for t in tensors)
-
-
-def _differentiates(*tensors: Tensor) -> bool:
-    """Whether a gradient will itself be differentiated."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t.requires_grad for t in tensors)
 
 
 def _format(x: Tensor) -> torch.memory_format:
