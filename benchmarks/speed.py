@@ -42,6 +42,8 @@ WORK = [
     ),
     Work(images("convnextv2_tiny", "training", "fp32"), ("patchlib", "timm"), {"timm": 1.2}),
     Work(images("convnextv2_tiny", "training", "bf16"), ("patchlib", "timm"), {"timm": 1.3}),
+    Work(images("convnextv2_tiny", "inference", "fp32"), ("patchlib", "timm"), {"timm": 1.0}),
+    Work(images("convnextv2_tiny", "inference", "bf16"), ("patchlib", "timm"), {"timm": 1.0}),
     Work(images("convnextv2_tiny", "inference", "bf16"), ("patchlib optimize", "timm"), {"timm": 1.5}),
     Work(images("vit_base_patch16_224", "inference", "fp32"), ("patchlib", "timm"), {"timm": 0.98}),
     Work(images("vit_base_patch16_224", "inference", "bf16"), ("patchlib optimize", "timm"), {"timm": 1.05}),

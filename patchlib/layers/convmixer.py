@@ -22,8 +22,8 @@ class ConvMixerBlock(nn.Module):
         act: ``"gelu"`` or ``"relu"``.
         rezero: scale the residual branch by one learned scalar that starts at zero.
         drop_path: probability that a sample skips the depthwise branch in training.
-        memory_efficient: keep for the backward pass only the block's input and the pointwise convolution's output;
-            the rest is computed again.
+        memory_efficient: keep for the backward pass only what the pointwise convolution gave; the rest, and the input
+            of a block that follows another, is computed again.
 
     Shape: ``(batch, height, width, dim)`` to the same.
     """
@@ -50,14 +50,16 @@ class ConvMixerBlock(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         if self.memory_efficient and torch.is_grad_enabled():
-            return recompute(self._mix, grid, keep_products=True)
-        return self._mix(grid)
+            return recompute(self._finish, recompute(self._mix, grid), cheap=True)
+        return self._finish(self._mix(grid))
 
     def _mix(self, grid: Tensor) -> Tensor:
         mixed = nchw(self.norm1, self.act(self.depthwise(grid)))
         grid = self.drop_path(self.scale(mixed)).add_(grid)  # in place: fresh memory costs the CPU more than adding
-        grid = self.act(self.pointwise(grid))
-        return nchw(self.norm2, grid)
+        return self.pointwise(grid)
+
+    def _finish(self, product: Tensor) -> Tensor:
+        return nchw(self.norm2, self.act(product))
 
 
 class Pointwise(nn.Linear):

@@ -27,7 +27,7 @@ class ConvNeXtBlock(nn.Module):
         layer_scale: V1's learned factor a channel, its start value; None for none.
         norm: kind and options of the norm.
         drop_path: probability that a sample skips the branch in training.
-        memory_efficient: keep for the backward pass only the block's input and what the two linear layers gave; the
+        memory_efficient: keep for the backward pass only the block's input and what the first linear layer gave; the
             rest is computed again.
 
     Shape: ``(batch, height, width, dim)`` to the same.
@@ -63,14 +63,17 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`, ``(batch, height, width)`` with 1 where a patch is seen, keeps the others at zero, as sparse
         convolution would in FCMAE pretraining."""
-        if self.memory_efficient and torch.is_grad_enabled():
-            return recompute(self._mix, grid, mask, keep_products=True)
-        return self._mix(grid, mask)
-
-    def _mix(self, grid: Tensor, mask: Tensor | None = None) -> Tensor:
         seen = None if mask is None else mask[..., None].to(grid.dtype)
         x = grid if seen is None else grid * seen
-        x = self.act(self.fc1(self.norm(self.depthwise(x))))
-        x = self.fc2(self.grn(x if seen is None else x * seen))
-        x = grid + self.drop_path(self.scale(x))
+        saving = self.memory_efficient and torch.is_grad_enabled()
+        hidden = recompute(self._spread, x) if saving else self._spread(x)
+        branch = recompute(self._gather, hidden, seen) if saving else self._gather(hidden, seen)
+        x = grid + self.drop_path(self.scale(branch))
         return x if seen is None else x * seen
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return self.fc1(self.norm(self.depthwise(x)))
+
+    def _gather(self, hidden: Tensor, seen: Tensor | None) -> Tensor:
+        x = self.act(hidden)
+        return self.fc2(self.grn(x if seen is None else x * seen))

@@ -1,68 +1,61 @@
 """Less memory for more time: gradient checkpointing."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint
 
 
-def recompute(function: Callable[..., Tensor], *args: Any, keep_products: bool = False) -> Tensor:
-    """``function(*args)`` that keeps no inner activations: the backward pass computes them again (Chen et al. 2016,
-    https://arxiv.org/abs/1604.06174). Batch norms count the batch once, not twice.
+def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any, cheap: bool = False) -> Tensor:
+    """``function(x, *args)`` that keeps no inner activations: the backward pass computes them again from `x` (Chen et
+    al. 2016, https://arxiv.org/abs/1604.06174). Batch norms count the batch once, not twice.
 
     Args:
         function: a module, or a method of one.
-        args: its arguments.
-        keep_products: keep what matrix products (linear layers, 1x1 convolutions) gave, the part that is costly to
-            compute again; norms, activations and depthwise convolutions are cheap beside it.
+        x: its input.
+        args: further arguments.
+        cheap: the result is worth no memory either. A `recompute` that takes it as its `x` keeps this call's `x` in
+            its place, and computes it again when it needs it. For functions without randomness.
     """
-    if torch.compiler.is_compiling():  # a compiler's second run writes no buffers, and it knows contexts by name only
-        if keep_products:
-            return checkpoint(function, *args, use_reentrant=False, context_fn=_keeping_products)
-        return checkpoint(function, *args, use_reentrant=False)
+    if torch.compiler.is_compiling():  # a compiler's second run writes no buffers
+        return checkpoint(function, x, *args, use_reentrant=False)
     module: Any = getattr(function, "__self__", function)
-    selective = _keeping_products if keep_products else noop_context_fn
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = selective()
-        return first, _Both(_Untouched(module), again)
+        return nullcontext(), _Untouched(module)
 
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    recipe: _Recipe | None = getattr(x, "_recipe", None)
+    if recipe is None or recipe.version != x._version:  # written to since
+        result = checkpoint(function, x, *args, use_reentrant=False, context_fn=contexts)
+    else:
+        ready, differentiable, make = [x], x.requires_grad, recipe.make
+
+        def run(source: Tensor, *args: Any) -> Tensor:
+            made = ready.pop() if ready else make(source).requires_grad_(differentiable)
+            return function(made, *args)
+
+        result = checkpoint(run, recipe.source, *args, use_reentrant=False, context_fn=contexts)
+    if cheap:
+
+        def make_again(source: Tensor) -> Tensor:
+            with torch.no_grad(), _Untouched(module):
+                return function(source, *args)
+
+        result._recipe = _Recipe(make_again, x, result._version)
+    return result
 
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+class _Recipe(NamedTuple):
+    """How a tensor is made again: ``make(source)``, as long as its version is the one noted."""
 
-
-def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    pointwise = operator is torch.ops.aten.convolution.default and args[1].shape[2:].numel() == 1
-    return CheckpointPolicy.MUST_SAVE if pointwise or operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keeping_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return create_selective_checkpoint_contexts(_keep_products)
-
-
-class _Both(ExitStack):
-    """Two contexts as one."""
-
-    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
-        super().__init__()
-        self.contexts = contexts
-
-    def __enter__(self) -> "_Both":
-        for context in self.contexts:
-            self.enter_context(context)
-        return self
+    make: Callable[[Tensor], Tensor]
+    source: Tensor
+    version: int
 
 
 class _Untouched:

@@ -82,20 +82,64 @@ def test_memory_efficient_blocks_have_the_plain_gradients_and_statistics(block, 
         assert torch.equal(a, b)
 
 
-def test_memory_efficient_blocks_compute_no_product_twice():
-    """The count of multiply-adds grows by the depthwise convolution's forward, and by nothing else."""
+def pairs(**options):
+    return nn.Sequential(*(ConvMixerBlock(8, 5, drop_path=0.3, **options) for _ in range(3)))
+
+
+@pytest.mark.parametrize("between", [
+    lambda x: x,
+    lambda x: x.mul_(2),
+    lambda x: 2 * x,
+    lambda x: x.permute(0, 3, 1, 2).add_(1).permute(0, 2, 3, 1),
+])  # fmt: skip
+def test_blocks_that_follow_each_other_make_their_inputs_again(between):
+    plain, saving = pairs().train(), pairs(memory_efficient=True).train()
+    saving.load_state_dict(plain.state_dict())
+    x, gradients = torch.randn(4, 6, 6, 8), []
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        entry = x.clone().requires_grad_()
+        loss = model[2](between(model[1](model[0](entry)))).sin().sum()
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+        gradients.append([entry.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_blocks_before_trained_ones():
+    plain, saving = pairs().train(), pairs(memory_efficient=True).train()
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 6, 6, 8)
+    for model in (plain, saving):
+        model[:2].requires_grad_(False)
+        torch.manual_seed(0)
+        model(x).sin().sum().backward()
+    for a, b in zip(plain[2].parameters(), saving[2].parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_memory_efficient_blocks_compute_no_product_twice(blocks):
+    """The count of multiply-adds grows by the depthwise convolutions' forward, and by nothing else."""
     dim, kernel, x = 8, 3, torch.randn(2, 6, 6, 8)
     counts = []
     for saving in (False, True):
+        model = nn.Sequential(*(ConvMixerBlock(dim, kernel, memory_efficient=saving) for _ in range(blocks)))
         with FlopCounterMode(display=False) as counter:
-            ConvMixerBlock(dim, kernel, memory_efficient=saving)(x).sum().backward()
+            model(x).sum().backward()
         counts.append(counter.get_total_flops())
-    assert counts[1] - counts[0] == 2 * x.numel() * kernel**2
+    assert counts[1] - counts[0] == blocks * 2 * x.numel() * kernel**2
 
 
-@pytest.mark.parametrize(("block", "most"), [(ConvMixerBlock, 2), (ConvNeXtBlock, 6)])
-def test_memory_efficient_blocks_keep_little(block, most):
-    """What is alive after the forward, in multiples of the input: input and product; input, hidden layer, output."""
+@pytest.mark.parametrize(
+    ("block", "count", "most"), [(ConvMixerBlock, 1, 2), (ConvMixerBlock, 4, 5), (ConvNeXtBlock, 1, 5)]
+)
+def test_memory_efficient_blocks_keep_little(block, count, most):
+    """What is alive after the forward, in multiples of the input: itself, and a product a block (four times as wide in
+    ConvNeXt's)."""
     x, alive = torch.randn(2, 16, 16, 32).requires_grad_(), {}
 
     class Kept(TorchDispatchMode):
@@ -108,7 +152,7 @@ def test_memory_efficient_blocks_keep_little(block, most):
 
     def kept(**options):
         alive.clear()
-        module = block(32, 7, **options)
+        module = nn.Sequential(*(block(32, 7, **options) for _ in range(count)))
         with Kept():
             output = module(x)
         storages = [s for s in (reference() for reference in alive.values()) if s is not None]
