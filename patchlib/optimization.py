@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import InputError, PatchlibError, require
 from .layers.convmixer import ConvMixerBlock
-from .layers.grid import nchw, pair
+from .layers.grid import grid_to_nchw, nchw_to_grid, pair
 from .layers.patch_embed import EarlyConv
 from .layers.scale import LayerScale
 from .models.base import ImageModel, LanguageModel, Model
@@ -122,13 +122,14 @@ class FusedConvMixerBlock(nn.Module):
         if isinstance(block.scale, LayerScale):
             scale, shift = scale * block.scale.gamma, shift * block.scale.gamma
         self.depthwise, self.act, self.pointwise = block.depthwise, block.act, block.pointwise
-        self.scale = nn.Parameter(scale, False)
+        self.scale = nn.Parameter(scale[:, None, None], False)
         self.pointwise.bias.add_(self.pointwise.weight @ shift)
         self.norm2 = Affine(block.norm2)
 
     def forward(self, grid: Tensor) -> Tensor:
-        grid = _multiply_add(grid, self.scale, self.act(self.depthwise(grid)))
-        return nchw(self.norm2, self.act(self.pointwise(grid)))
+        image = grid_to_nchw(grid)
+        image = _multiply_add(image, self.scale, self.act(self.depthwise(image)))
+        return nchw_to_grid(self.norm2(self.act(self.pointwise(image))))
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

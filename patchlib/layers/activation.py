@@ -12,12 +12,12 @@ def activation(name: str, *, inplace: bool = False) -> nn.Module:
 
     Args:
         name: one of these.
-        inplace: overwrite the input where torch can (not for gelu): right after a convolution, which does not need
-            its output again.
+        inplace: overwrite the input where that spares memory, which is for relu: right after a convolution, which does
+            not need its output again.
 
     Raises:
         ConfigError: the name is another.
     """
     if name not in ACTIVATIONS:
         raise ConfigError(f"act: found {name!r}{nearest(name, ACTIVATIONS)}")
-    return nn.GELU() if name == "gelu" else ACTIVATIONS[name](inplace=inplace)
+    return nn.ReLU(inplace) if name == "relu" else ACTIVATIONS[name]()

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any, cheap: bool = False) -> Tensor:
+def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """``function(x, *args)`` that keeps no inner activations: the backward pass computes them again from `x` (Chen et
-    al. 2016, https://arxiv.org/abs/1604.06174). Batch norms count the batch once, not twice.
+    al. 2016, https://arxiv.org/abs/1604.06174), which it keeps unless `x` is `cheap`. Batch norms count the batch
+    once, not twice.
 
     Args:
         function: a module, or a method of one.
         x: its input.
         args: further arguments.
-        cheap: the result is worth no memory either. A `recompute` that takes it as its `x` keeps this call's `x` in
-            its place, and computes it again when it needs it. For functions without randomness.
     """
     if torch.compiler.is_compiling():  # a compiler's second run writes no buffers
         return checkpoint(function, x, *args, use_reentrant=False)
@@ -29,24 +29,37 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any, cheap: boo
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), _Untouched(module)
 
-    recipe: _Recipe | None = getattr(x, "_recipe", None)
+    recipe = _RECIPES.get(x)
     if recipe is None or recipe.version != x._version:  # written to since
-        result = checkpoint(function, x, *args, use_reentrant=False, context_fn=contexts)
-    else:
-        ready, differentiable, make = [x], x.requires_grad, recipe.make
+        return checkpoint(function, x, *args, use_reentrant=False, context_fn=contexts)
+    ready, differentiable, make = [x], x.requires_grad, recipe.make
 
-        def run(source: Tensor, *args: Any) -> Tensor:
-            made = ready.pop() if ready else make(source).requires_grad_(differentiable)
-            return function(made, *args)
+    def run(source: Tensor, *args: Any) -> Tensor:
+        made = ready.pop() if ready else make(source).requires_grad_(differentiable)
+        return function(made, *args)
 
-        result = checkpoint(run, recipe.source, *args, use_reentrant=False, context_fn=contexts)
-    if cheap:
+    return checkpoint(run, recipe.source, *args, use_reentrant=False, context_fn=contexts)
 
-        def make_again(source: Tensor) -> Tensor:
-            with torch.no_grad(), _Untouched(module):
-                return function(source, *args)
 
-        result._recipe = _Recipe(make_again, x, result._version)
+def cheap(function: Callable[[Tensor], Tensor], x: Tensor, *, keep: bool = True) -> Tensor:
+    """``function(x)``, a result worth no memory: a `recompute` that takes it keeps `x` in its place, and computes it
+    again when it needs it.
+
+    Args:
+        function: a module, or a method of one, without randomness.
+        x: its input.
+        keep: whether inner activations are kept; if not, `recompute` runs the function.
+    """
+    result = function(x) if keep else recompute(function, x)
+    if torch.compiler.is_compiling():
+        return result
+    module: Any = getattr(function, "__self__", function)
+
+    def make(source: Tensor) -> Tensor:
+        with torch.no_grad(), _Untouched(module):
+            return function(source)
+
+    _RECIPES[result] = _Recipe(make, x, result._version)
     return result
 
 
@@ -56,6 +69,9 @@ class _Recipe(NamedTuple):
     make: Callable[[Tensor], Tensor]
     source: Tensor
     version: int
+
+
+_RECIPES = WeakTensorKeyDictionary()
 
 
 class _Untouched:
