@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,9 @@ def save_pretrained(
         the folder.
 
     Raises:
-        WeightsError: the format cannot express this model, weights are missing (meta device), `model.info` holds what
-            JSON does not, or the folder cannot be written.
+        WeightsError: the format cannot express this model, weights are missing (meta device) or are not those that the
+            config builds (a copy from `optimize`), `model.info` holds what JSON does not, or the folder cannot be
+            written.
         InputError: it is no model of patchlib.
     """
     model = unwrapped(model)
@@ -46,6 +48,7 @@ def save_pretrained(
     tensors = targets(model)
     if meta := [name for name, t in tensors.items() if t.is_meta]:
         raise WeightsError(f"{type(model).__name__} has no weights yet (meta device): {', '.join(meta[:3])}, …")
+    _check_loadable(model, tensors)
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype: found {dtype!r}; allowed: None, {', '.join(map(str, FLOATS))}")
     content = form.from_model(model)
@@ -89,6 +92,19 @@ def push_to_hub(
         save_pretrained(model, folder, format=format, dtype=dtype)
         files.write_text(Path(folder) / "README.md", model_card(model, repo_id))
         return hub.push_folder(folder, repo_id, token=token, private=private, revision=revision, message=message)
+
+
+def _check_loadable(model: Model, tensors: dict[str, Tensor]) -> None:
+    model_class: Any = type(model)
+    with torch.device("meta"):
+        built = targets(model_class(model.config))
+    found, wanted = ({(name, *t.shape) for name, t in weights.items()} for weights in (tensors, built))
+    if differing := sorted({name for name, *_ in found ^ wanted}):
+        raise WeightsError(
+            f"{type(model).__name__} could not be loaded again: its config builds other weights than it has, "
+            f"{len(differing)} of them: {', '.join(differing[:3])}, …; save the model from before `optimize`, or "
+            "before your code changed its parts"
+        )
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None, exact: bool) -> Tensor:

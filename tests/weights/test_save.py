@@ -306,3 +306,16 @@ def test_a_class_of_the_users_is_named_if_it_is_missing(tmp_path):
     patchlib.register_model("mine", MyConvMixer, MyConvMixer.Config())
     assert type(load(tmp_path)) is MyConvMixer
     assert equal(load(tmp_path), model)
+
+
+def test_a_model_that_its_config_does_not_build_is_not_saved(tmp_path):
+    model = patchlib.ConvMixer(**CONVMIXER)
+    with pytest.raises(
+        patchlib.WeightsError, match=r"ConvMixer could not be loaded again: .* before `optimize`"
+    ) as caught:
+        patchlib.save_pretrained(patchlib.optimize(model, compile=False, dtype=None), tmp_path)
+    assert "blocks.0.norm1.bias" in str(caught.value)
+    model.head = nn.Linear(8, 7)
+    with pytest.raises(patchlib.WeightsError, match="its config builds other weights than it has"):
+        patchlib.save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
