@@ -76,7 +76,7 @@ def train_digits() -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
             loss.backward()
             optimizer.step()
             bar.n = min(passed, SECONDS)
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval(), images[held_out], labels[held_out]
 
 
