@@ -214,7 +214,7 @@ class ImageModel(Model):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters into layers, for layer-wise learning rates."""
         return {
-            "stem": r"^(cls_token|dist_token|reg_token|pos_embed|patch_embed|stem_norm)",
+            "stem": r"^(?:cls_token|dist_token|reg_token|pos_embed|patch_embed|stem_norm)",
             "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 

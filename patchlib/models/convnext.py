@@ -208,7 +208,7 @@ class ConvNeXt(ImageModel):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^(patch_embed|stem_norm)", "blocks": r"^stages\.(\d+)" if coarse else fine}
+        return {"stem": r"^(?:patch_embed|stem_norm)", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     def _init_module(self, module: nn.Module) -> None:
         """Truncated normal of 0.02 for matrices and kernels, zero biases, as the authors do."""

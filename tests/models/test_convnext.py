@@ -316,6 +316,7 @@ def test_layers_are_told_apart():
 
     model = small("v1")
     matcher = model.group_matcher()
+    assert re.compile(matcher["stem"]).groups == 0  # what a group captures, timm takes for depth
     patterns = [matcher["stem"], *[pattern for pattern, _ in matcher["blocks"]], r"^head"]
     for name, _ in model.named_parameters():
         assert sum(bool(re.match(pattern, name)) for pattern in patterns) == 1, name

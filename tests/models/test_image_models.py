@@ -333,6 +333,7 @@ def test_the_group_matcher_sorts_parameters_by_depth(kind, coarse):
     for group in ("stem", "blocks"):
         specs = matcher[group] if isinstance(matcher[group], list) else [(matcher[group], None)]
         patterns += [(group, re.compile(spec[0])) for spec in specs]
+    assert all(p.groups == 0 for group, p in patterns if group == "stem")  # what a group captures, timm takes for depth
     for name, _ in model.named_parameters():
         found = next(((group, p.match(name)) for group, p in patterns if p.match(name)), None)
         if name.startswith("blocks."):

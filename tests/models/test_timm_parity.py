@@ -153,7 +153,19 @@ def test_what_timm_has_not_is_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif("PATCHLIB_PEERS" not in os.environ, reason="PATCHLIB_PEERS names no python that has timm")
+needs_peers = pytest.mark.skipif(
+    "PATCHLIB_PEERS" not in os.environ, reason="PATCHLIB_PEERS names no python that has timm"
+)
+
+
+def ask_peers(code, *arguments):
+    """What the python that has timm prints, with patchlib importable beside."""
+    command = [os.environ["PATCHLIB_PEERS"], "-c", code, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(Path(patchlib.__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+
+@needs_peers
 @pytest.mark.parametrize("case", VITS)
 def test_timm_itself_loads_what_was_saved_for_it(case, tmp_path):
     patchlib.save_pretrained(load(case), tmp_path, format="timm")
@@ -163,7 +175,28 @@ def test_timm_itself_loads_what_was_saved_for_it(case, tmp_path):
         "answers = load_file(sys.argv[2])\n"
         "with torch.no_grad(): print((model(answers['images']) - answers['logits']).abs().max().item())"
     )
-    answers = Path(FOLDER / case / "answers.safetensors")
-    command = [os.environ["PATCHLIB_PEERS"], "-c", code, str(tmp_path), str(answers)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(result.stdout.split()[-1]) < 1e-5
+    assert float(ask_peers(code, tmp_path, FOLDER / case / "answers.safetensors").split()[-1]) < 1e-5
+
+
+@needs_peers
+@pytest.mark.parametrize(
+    ("name", "coarse"),
+    [
+        ("vit_tiny_patch16_224", False), ("deit_tiny_distilled_patch16_224", False), ("convmixer_768_32", False),
+        ("convnext_tiny_hnf", False), ("convnext_tiny", True),
+    ],
+)  # fmt: skip
+def test_timm_sorts_our_parameters_into_layers_as_its_own(name, coarse):
+    code = (
+        "import sys, patchlib, timm, timm.optim; from timm.models import group_parameters\n"
+        "from patchlib.weights.formats.timm import tables\n"
+        "ours, theirs = (lib.create_model(sys.argv[1], device='meta') for lib in (patchlib, timm))\n"
+        "coarse = sys.argv[2] == 'True'\n"
+        "found = group_parameters(ours, ours.group_matcher(coarse), reverse=True)\n"
+        "wanted = group_parameters(theirs, theirs.group_matcher(coarse), reverse=True)\n"
+        "assert {tables(ours)[0].names(name)[0][0]: i for name, i in found.items()} == wanted, (found, wanted)\n"
+        "print(len(timm.optim.param_groups_layer_decay(ours)), max(wanted.values()))"
+    )
+    groups, layers = map(int, ask_peers(code, name, coarse).split())
+    assert groups > 2
+    assert layers > 2
