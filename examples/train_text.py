@@ -26,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,21 +43,22 @@ EVALUATIONS = 10
 
 
 def arguments() -> argparse.Namespace:
+    count, minutes = positive(int), positive(float)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("text", type=Path)
     add("--models", nargs="+", default=["gpt_tiny", "convnextv2_lm_tiny", "causal_conv_lm_tiny"])
     add("--tokenizer", default="1024", help="the size of a BPE to train, 'bytes', or what load_tokenizer takes")
-    add("--minutes", type=float, default=5.0, help="of training, each model and seed")
-    add("--tune-minutes", type=float, help="of training, each learning rate; a third of --minutes if left out")
+    add("--minutes", type=minutes, default=5.0, help="of training, each model and seed")
+    add("--tune-minutes", type=minutes, help="of training, each learning rate; a third of --minutes if left out")
     add("--lr", nargs="+", type=float, default=[1e-3])
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--batch-size", type=int, default=64)
-    add("--context", type=int, default=256, help="tokens that a model reads")
+    add("--batch-size", type=count, default=64)
+    add("--context", type=count, default=256, help="tokens that a model reads")
     add("--bf16", action="store_true", help="autocast on a CPU too, where it is faster on recent ones")
     add("--split", default="position", choices=["position", "random_windows"])
-    add("--targets", type=int, default=1000)
-    add("--final-targets", type=int, help="if left out, all on a GPU, 4000 on a CPU")
+    add("--targets", type=count, default=1000)
+    add("--final-targets", type=count, help="if left out, all on a GPU, 4000 on a CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("out/text"))
     args = parser.parse_args()
@@ -66,8 +68,25 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def positive(kind: type) -> Callable[[str], float]:
+    """What reads a number above 0 from the command line."""
+
+    def read(text: str) -> float:
+        if not 0 < (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"found {text}; allowed: a number above 0")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
+
+
+def digest(*origin: object) -> str:
+    """Names what was made of all this: text, tokenizer, options. What is left out here is mistaken for another's."""
+    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+
+
 def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows]]:
-    """The tokenizer, and the windows of the three parts."""
+    """The tokenizer, and the windows of the three parts. `args.data` becomes the name of text and tokenizer."""
     text = args.text.read_text(encoding="utf-8")
     if args.tokenizer == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
@@ -75,7 +94,8 @@ def prepare(args: argparse.Namespace) -> tuple[Tokenizer, list[Windows]]:
         tokenizer = BPETokenizer.train([text[: len(text) * 85 // 100]], int(args.tokenizer))
     else:
         tokenizer = load_tokenizer(args.tokenizer)
-    file = args.out / f"{hashlib.sha256((tokenizer.fingerprint + text).encode()).hexdigest()[:12]}.safetensors"
+    args.data = digest(text, tokenizer.to_json())
+    file = args.out / f"{args.data}.safetensors"
     if not file.exists():
         write_tokens(file, tokenizer.encode(text), tokenizer)
     tokens = read_tokens(file, tokenizer)
@@ -121,9 +141,8 @@ def train(
 ) -> dict:
     """One training. Its folder keeps the best weights, the last state, and in the end the result."""
     run = {"model": spec, "lr": lr, "seed": seed, "minutes": minutes, "vocab_size": vocab_size}
-    run |= {key: getattr(args, key) for key in ("batch_size", "context", "bf16", "split", "device", "targets")}
-    digest = hashlib.sha256(json.dumps({**run, "tokens": len(parts[0].tokens)}).encode()).hexdigest()[:8]
-    folder = args.out / "runs" / f"{spec.partition(':')[0]}-{digest}"
+    run |= {key: getattr(args, key) for key in ("data", "batch_size", "context", "bf16", "split", "device", "targets")}
+    folder = args.out / "runs" / f"{spec.partition(':')[0]}-{digest(run)}"
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())

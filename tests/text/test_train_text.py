@@ -72,6 +72,37 @@ def test_compares_saves_and_does_nothing_twice(example, capsys):
     assert again[0]["test"] == gpt["test"]
 
 
+def test_another_text_or_tokenizer_is_another_run(example):
+    _, run, out = example
+    options = ["--models", f"gpt_tiny:{SMALL}", "--minutes", "0.005", "--context", "16"]
+    text = out.parent / "text.txt"
+    first = run(*options, "--tokenizer", "bytes")
+    small = text.read_text()
+    text.write_text(small.upper())  # as many tokens, of the same tokenizer
+    shouted = run(*options, "--tokenizer", "bytes")
+    assert shouted[0]["sample"].strip("\ufffd")[:4].isupper()
+    assert shouted[0]["histories"] != first[0]["histories"]
+    assert len(list(out.glob("runs/*/result.json"))) == 2
+    text.write_text(small)
+    merged = load_tokenizer(out / next(p.name for p in out.iterdir() if p.name.startswith("gpt_tiny")))
+    assert merged.vocab_size == 256
+    # the same vocabulary, but text is cut otherwise
+    content = json.loads(merged.to_json())
+    content["normalizer"] = {"type": "Lowercase"}
+    (out.parent / "tokenizer.json").write_text(json.dumps(content))
+    run(*options, "--tokenizer", str(out.parent))
+    assert len(list(out.glob("runs/*/result.json"))) == 3
+    assert run(*options, "--tokenizer", "bytes")[0]["histories"] == first[0]["histories"]
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--tune-minutes", "--batch-size", "--context", "--targets"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "many"])
+def test_numbers_that_train_nothing_are_refused(example, capsys, option, value):
+    with pytest.raises(SystemExit):
+        example[1](option, value)
+    assert f"{option}: " in capsys.readouterr().err
+
+
 def test_an_interrupted_training_goes_on(example, monkeypatch):
     module, run, out = example
     options = ["--models", f"gpt_tiny:{SMALL}", "--minutes", "0.03", "--lr", "1e-2"]
