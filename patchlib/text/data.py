@@ -1,8 +1,9 @@
 """Tokens on disk, and windows of them to train on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ def write_tokens(path: str | PathLike[str], ids: Iterable[int] | Tensor, tokeniz
     It is written beside the old file and renamed, so that no reader sees half of it.
 
     Raises:
-        InputError: the name does not end with ``.safetensors``, or an id is outside the vocabulary.
+        InputError: the name does not end with ``.safetensors``, or the ids are no integers, none, or outside the
+            vocabulary.
     """
-    path, tokens = Path(path), ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
+    path, tokens = Path(path), _integers("ids", ids)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: token files are safetensors files; call it {path.with_suffix('.safetensors').name}")
-    if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
-        raise InputError(f"ids: found {tokens.dtype} {tuple(tokens.shape)}; allowed: at least one integer, (n,)")
+    if not len(tokens):
+        raise InputError("ids: found none; allowed: at least one")
+    tokens = tokens.long()  # in their own dtype, the vocabulary's size may not fit, and torch compares few of them
     wrong = (tokens < 0) | (tokens >= tokenizer.vocab_size)
     if wrong.any():
         place = int(wrong.nonzero()[0])
@@ -76,8 +79,18 @@ class Windows(Dataset):
         start = int(self.starts[index])
         return self.tokens[start : start + self.length].long()
 
-    def take(self, indices: Tensor) -> Tensor:
-        """The windows ``(n,)`` indices mean: ``(n, length)``, int64, where the tokens are."""
+    def take(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """The windows that ``(n,)`` indices mean, negative ones from the end: ``(n, length)``, int64, where the tokens
+        are.
+
+        Raises:
+            InputError: there is no such window. What stands beyond the last one is another part's.
+        """
+        indices, count = _integers("indices", indices).long(), len(self)
+        if (wrong := (indices < -count) | (indices >= count)).any():
+            place = int(wrong.nonzero()[0])
+            raise InputError(f"indices[{place}]: found {indices[place].item()}; allowed: {-count} to {count - 1}")
+        indices = indices % count
         if isinstance(self.starts, range):
             starts = self.starts.start + self.starts.step * indices
         else:
@@ -99,7 +112,7 @@ class Windows(Dataset):
 
 
 def split_windows(
-    tokens: Tensor,
+    tokens: Any,
     length: int,
     parts: Iterable[float] = (0.9, 0.1),
     *,
@@ -109,7 +122,7 @@ def split_windows(
     """Windows for training, validation, and so on.
 
     Args:
-        tokens: ``(n,)``.
+        tokens: ``(n,)`` integers: a tensor, a list, or an array; ``np.memmap(…, mode="c")`` stays mapped.
         length: tokens in a window.
         parts: the share of each part; together 1.
         split: ``"position"`` cuts the text, so that windows of different parts share no token.
@@ -121,8 +134,10 @@ def split_windows(
         One `Windows` a part.
 
     Raises:
-        InputError: shares that are not positive or do not add up, an unknown split, or a part too short for a window.
+        InputError: tokens that are no integers, shares that are not positive or do not add up, an unknown split, or a
+            part too short for a window.
     """
+    tokens = _integers("tokens", tokens)
     parts = list(parts)
     if not parts or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
         raise InputError(f"parts: found {parts}; allowed: positive numbers that add up to 1")
@@ -142,3 +157,16 @@ def split_windows(
         if not len(part):
             raise InputError(f"parts[{i}]: {parts[i]} of {len(tokens)} tokens has no window of {length}")
     return [Windows(tokens, part, length) for part in starts]
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    """``(n,)`` integers of any kind, as a tensor: of a tensor or an array the same memory."""
+    try:
+        if not isinstance(values, Tensor) and not hasattr(values, "__array__"):
+            values = list(values)
+        tensor = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{name}: found {values!r:.80}; allowed: integers (n,)") from error
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{name}: found {tensor.dtype} {tuple(tensor.shape)}; allowed: integers (n,)")
+    return tensor

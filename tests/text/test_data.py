@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,44 @@ def test_what_cannot_be_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["text.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64"])
+def test_tensors_of_every_kind_of_integer_are_written(tmp_path, dtype):
+    path, ids = tmp_path / "text.safetensors", [104, 0, 127]
+    for tokenizer in (ByteTokenizer(), Numbers(65_536), Numbers(70_000)):
+        write_tokens(path, torch.tensor(ids, dtype=getattr(torch, dtype)), tokenizer)
+        assert read_tokens(path, tokenizer).tolist() == ids
+        write_tokens(path, np.array(ids, dtype=dtype), tokenizer)
+        assert read_tokens(path, tokenizer).tolist() == ids
+    with pytest.raises(InputError, match=r"ids\[0\]: found 104; allowed: 0 to 103"):
+        write_tokens(path, torch.tensor(ids, dtype=getattr(torch, dtype)), Numbers(104))
+
+
+def test_a_token_file_is_rewritten_in_part(tmp_path):
+    path = tmp_path / "text.safetensors"
+    write_tokens(path, range(200), ByteTokenizer())
+    write_tokens(path, read_tokens(path)[50:60], ByteTokenizer())
+    assert read_tokens(path).tolist() == list(range(50, 60))
+
+
+@pytest.mark.parametrize("ids", [[1.7], [1, 2.5], "ab", [[1], [2]], [[1], 2], 3, None, [True], torch.tensor([1.0])])
+def test_what_is_no_integer_is_no_token(tmp_path, ids):
+    with pytest.raises(InputError, match="ids: found"):
+        write_tokens(tmp_path / "text.safetensors", ids, ByteTokenizer())
+    with pytest.raises(InputError, match="tokens: found"):
+        split_windows(ids, 1)
+
+
+def test_lists_and_mapped_arrays_are_tokens(tmp_path):
+    np.arange(500, dtype=np.uint16).tofile(tmp_path / "text.bin")
+    mapped = np.memmap(tmp_path / "text.bin", dtype=np.uint16, mode="c")
+    wanted = split_windows(torch.arange(500), 9)[1]
+    for tokens in (mapped, list(range(500)), np.arange(500), [np.int64(i) for i in range(500)]):
+        part = split_windows(tokens, 9)[1]
+        assert torch.equal(part.take(range(len(part))), wanted.take(range(len(wanted))))
+    mapped[:] = 7
+    assert split_windows(mapped, 9)[1].tokens.data_ptr() == mapped.ctypes.data
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -115,6 +154,23 @@ def test_batches_are_windows_of_the_part(split):
     assert len(set(batch[:, 0].tolist())) > 150
     loader = torch.utils.data.DataLoader(part, batch_size=4)
     assert torch.equal(next(iter(loader)), part.take(torch.arange(4)))
+
+
+@pytest.mark.parametrize("split", ["position", "random_windows"])
+def test_no_index_crosses_the_cut(split):
+    part = split_windows(torch.arange(1000), 10, split=split)[0]
+    count = len(part)
+    for index in (-1, -2, -5, -count, 0, 3, count - 1):
+        assert torch.equal(part.take(torch.tensor([index]))[0], part[index]), index
+        assert torch.equal(part.take([index])[0], part[index]), index
+    for index in (count, count + 3, -count - 1):
+        with pytest.raises(InputError, match=rf"indices\[1\]: found {index}; allowed: -{count} to {count - 1}"):
+            part.take(torch.tensor([0, index]))
+        with pytest.raises(IndexError):
+            part[index]
+    with pytest.raises(InputError, match="indices: found"):
+        part.take([1.5])
+    assert part.take(torch.arange(0)).shape == (0, 10)
 
 
 def test_spread_is_even_and_from_end_to_end():
