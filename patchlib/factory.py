@@ -232,6 +232,7 @@ def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[s
     if entry.bundled_folder is not None:
         loaded = read_checkpoint(entry.bundled_folder)
         loaded.source = entry.full_name
+        loaded.info.setdefault("source", entry.full_name)
         return loaded
     repo = HubRepo.parse(entry.source.removeprefix("hf-hub:"), **options)
     path = repo.file("model.safetensors", sha256=entry.sha256)

@@ -196,7 +196,7 @@ class ImageModel(Model):
         weight = next(self.parameters())
         self.head = self._make_head().to(device=weight.device, dtype=weight.dtype).train(self.training)
         self.init_weights(self.head)
-        self.info.pop("labels", None)
+        self.info = with_new_head(self.info)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -294,6 +294,12 @@ def with_input_size(info: Mapping[str, Any], img_size: int | tuple[int, int]) ->
         return dict(info)
     size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
     return {**info, "preprocessing": {**numbers, "input_size": [*numbers["input_size"][:1], *size]}}
+
+
+def with_new_head(info: Mapping[str, Any]) -> dict[str, Any]:
+    """`Model.info` of weights that go on with another classifier: how images are prepared, where the weights come from
+    and what their licence asks for. Labels, scores, data and date were of the training that is over."""
+    return {key: info[key] for key in ("preprocessing", "license", "terms", "source") if key in info}
 
 
 class LanguageModel(Model):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, PatchlibError, WeightsError
-from ..models.base import ImageModel, Model, with_input_size
+from ..models.base import ImageModel, Model, with_input_size, with_new_head
 from ..models.features import FeatureExtractor
 from . import files
 from .adapt import adapt
@@ -202,7 +202,7 @@ def _info_for(model: Model, checkpoint: Checkpoint, new_head: bool) -> dict[str,
     """A copy of what is known of the weights, without what no longer holds for this model."""
     info = copy.deepcopy(checkpoint.info)
     if new_head:
-        info.pop("labels", None)
+        info = with_new_head(info)
     if isinstance(model, ImageModel) and checkpoint.config is not None:
         resized = getattr(checkpoint.config, "img_size", None) != model.config.img_size
         info = with_input_size(info, model.config.img_size) if resized else info

@@ -237,12 +237,13 @@ def test_features_only_models_train_what_they_run(registered, images):
 
 def test_a_new_classifier_is_drawn_alone(kind, images):
     model = redraw(tiny(kind)).eval().double()
-    model.info["labels"] = ["a"] * 5
+    kept = {"preprocessing": {"crop_pct": 1.0}, "license": "mit", "terms": "none", "source": "hf-hub:user/name"}
+    model.info = {"labels": ["a"] * 5, "score": "0.9", "test_accuracy": 0.9, "date": "2026-11-21", **kept}
     before = {name: p.clone() for name, p in model.named_parameters() if not name.startswith("head.")}
     model.reset_classifier(7)
     assert model(images.double()).shape == (4, 7)
     assert model.num_classes == model.config.num_classes == 7
-    assert "labels" not in model.info
+    assert model.info == kept
     assert not model.head.training
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
     heads = model.get_classifier()

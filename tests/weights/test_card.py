@@ -58,6 +58,19 @@ def test_what_is_not_known_is_left_out():
     assert not any(word in body for word in ("Data", "Score", "None"))
 
 
+def test_a_new_head_is_not_credited_with_the_old_ones_training():
+    model = patchlib.create_model("convmixer_16", pretrained=True, num_classes=10)
+    text = model_card(model, "me/flowers")
+    assert not any(word in text for word in ("accuracy", "5,977", "finetune.py", "letterboxed", "2026"))
+    assert "| Source | convmixer_16.cats_dogs |" in text
+    assert "| Terms | research use" in text
+    assert model.info["preprocessing"]["crop_mode"] == "border"
+    same = patchlib.create_model("convmixer_16", pretrained=True)
+    assert same.info["test_accuracy"] == 0.824
+    same.reset_classifier(2)
+    assert same.info == model.info
+
+
 def test_a_licence_of_several_lines_adds_no_field():
     front, _ = card({"license": "mit\nlibrary_name: evil"})
     assert [line for line in front if line.startswith("library_name")] == ["library_name: patchlib"]

@@ -437,7 +437,7 @@ def test_nothing_stays_on_the_meta_device(model, folder):
 
 @pytest.mark.parametrize("bare", [False, True], ids=["folder", "file"])
 def test_other_classes_mean_a_new_head_and_only_that(bare, model, folder, caplog):
-    model.info = {"labels": [*"abcde"], "license": "mit"}
+    model.info = {"labels": [*"abcde"], "license": "mit", "score": "0.9 of 5 classes", "data": "letters", "date": "now"}
     patchlib.save_pretrained(model, folder)
 
     def make(**options):
