@@ -272,13 +272,17 @@ def _generate(args: argparse.Namespace) -> int:
     from .generation import stream
     from .models.base import LanguageModel
     from .text.tokenizer import load_tokenizer
-    from .weights.verify import locate
 
     source = _source(args.name)
     model = create_model(source, pretrained=True)
     if not isinstance(model, LanguageModel):
         raise InputError(f"{args.name}: found {type(model).__name__}; allowed: a language model")
-    tokenizer = load_tokenizer(args.tokenizer or locate(source)[0])
+    tokenizer = load_tokenizer(args.tokenizer or source)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{args.name}: has {model.config.vocab_size} tokens, and the tokenizer {tokenizer.vocab_size}; "
+            "give the one that the model was trained with as --tokenizer"
+        )
     prompt = args.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # the tokenizer refuses what is no UTF-8
@@ -292,6 +296,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.repetition_penalty,
         stop=tokenizer.end_id,
         seed=args.seed,
+        suppress=tokenizer.missing(model.config.vocab_size),
     )
     pieces = tokenizer.decode_stream(token for token in tokens if token != tokenizer.end_id)
     if args.json:

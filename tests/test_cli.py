@@ -667,10 +667,34 @@ def test_generate_with_wrong_options(run: Any, writer: Path, tmp_path: Path) -> 
         ("--prompt", "a", "--temperature", "-1"): "temperature",
         ("--prompt", "a", "--top-p", "2"): "top_p",
         ("--prompt", "a", "--tokenizer", tmp_path): "tokenizer.json",
+        ("--prompt", "a", "--seed", "99999999999999999999999"): "seed",
+        ("--prompt", "a", "--temperature", "1e-40"): "temperature",
+        ("--prompt", "a", "--repetition-penalty", "1e-45"): "repetition_penalty",
     }.items():
         code, out, err = run("generate", writer, *options)
         assert (code, out, err.count("\n")) == (1, "", 1), options
         assert said in err
+
+
+def test_generate_with_a_padded_vocabulary(ask: Any, run: Any, tmp_path: Path) -> None:
+    from patchlib.text.tokenizer import ByteTokenizer
+
+    model = GPT(GPTConfig(vocab_size=300, context=64, dim=16, depth=1, heads=2))
+    patchlib.save_pretrained(model, tmp_path / "padded")
+    ByteTokenizer().save(tmp_path / "padded")
+    drawn = patchlib.generate(model, b"O", 200, seed=0)
+    assert max(drawn) > 255
+    options = ["--prompt", "O", "--max-new-tokens", 200, "--seed", 0]
+    answer = ask("generate", tmp_path / "padded", *options)
+    drawn = patchlib.generate(model, b"O", 200, seed=0, suppress=range(256, 300))
+    assert answer["text"] == ByteTokenizer().decode(drawn[1:])
+
+    model = GPT(GPTConfig(vocab_size=200, context=64, dim=16, depth=1, heads=2))
+    patchlib.save_pretrained(model, tmp_path / "small")
+    ByteTokenizer().save(tmp_path / "small")
+    code, out, err = run("generate", tmp_path / "small", *options)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "has 200 tokens, and the tokenizer 256; give the one" in err
 
 
 def test_predict_is_not_for_text(run: Any, writer: Path) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from gpt_golden import metadata, read_golden, tiny_gpt
@@ -189,12 +190,87 @@ def test_leaving_early_and_interruption_restore_every_module(model):
         ({"top_p": 1.1}, "top_p: found 1.1"),
         ({"repetition_penalty": 0}, "repetition_penalty: found 0"),
         ({"stop": [[]]}, "stop: found an empty sequence"),
+        ({"prompt_ids": [[1], 2]}, "prompt_ids: found 2 beside a list"),
+        ({"prompt_ids": [True]}, "token 0: found True"),
+        ({"prompt_ids": ["a"]}, "token 0: found 'a'"),
+        ({"prompt_ids": [None]}, "token 0: found None"),
+        ({"prompt_ids": np.array([1.0])}, "token 0: found 1.0"),
+        ({"prompt_ids": np.zeros((1, 1, 1), dtype=int)}, r"token 0: found \[0\]"),
+        ({"prompt_ids": 3}, "prompt_ids: found 3; allowed: token ids"),
+        ({"prompt_ids": None}, "prompt_ids: found None"),
+        ({"prompt_ids": {1: 2}}, "prompt_ids: found {1: 2}"),
+        ({"temperature": 1e-40}, "temperature: found 1e-40; allowed: 0, or a number from 1e-6 to 1e6"),
+        ({"temperature": 1e300}, "temperature: found 1e"),
+        ({"temperature": True}, "temperature: found True"),
+        ({"temperature": [1.0]}, r"temperature: found \[1.0\]"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty: found 1e-45; allowed: a number from 1e-6 to 1e6"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty: found 1e"),
+        ({"top_p": 1e-300}, "top_p: found 1e-300"),
+        ({"seed": 99999999999999999999999}, "seed: found 99999999999999999999999; allowed: an integer of 64 bits"),
+        ({"seed": -(2**63) - 1}, "seed: found -9223372036854775809"),
+        ({"seed": 1.5}, "seed: found 1.5"),
+        ({"seed": "a"}, "seed: found 'a'"),
+        ({"seed": True}, "seed: found True"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: found 1.5"),
+        ({"stop": "ab"}, "stop 0, token 0: found 'ab'; allowed: integers from 0 to 30"),
+        ({"stop": ["ab"]}, "stop 0, token 0: found 'ab'"),
+        ({"stop": True}, "stop 0, token 0: found True"),
+        ({"stop": 1.5}, "stop 0, token 0: found 1.5"),
+        ({"stop": 31}, "stop 0, token 0: found 31"),
+        ({"stop": -1}, "stop 0, token 0: found -1"),
+        ({"stop": [3, [4, 31]]}, "stop 1, token 1: found 31"),
+        ({"stop": {3: 4}}, "stop 0, token 0: found {3: 4}"),
+        ({"suppress": 3}, "suppress: found 3; allowed: a list"),
+        ({"suppress": [3, 31]}, "suppress, token 1: found 31"),
+        ({"suppress": range(31)}, "suppress: found the whole vocabulary"),
     ],
 )
 def test_bad_arguments_are_named_at_the_call(model, arguments, message):
     for function in (generate, stream):
         with pytest.raises(InputError, match=message):
             function(model, **{"prompt_ids": [1], **arguments})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model):
+    wanted = generate(model, [[1, 2], [3, 4]], 6, 0.5, 3, 0.75, 1.25, seed=3, stop=[[7, 8], 9])
+    for ids in (np.array([[1, 2], [3, 4]], dtype=np.uint16), torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8),
+                [np.array([1, 2]), torch.tensor([3, 4])], [[np.int64(1), torch.tensor(2)], (3, 4)]):  # fmt: skip
+        for one, of in ((np.float32, np.int64), (torch.tensor, torch.tensor)):
+            stop = [np.array([7, 8]), of(9)]
+            options = {"seed": of(3), "stop": stop}
+            assert generate(model, ids, of(6), one(0.5), of(3), one(0.75), one(1.25), **options) == wanted
+    wanted = generate(model, [1, 2], 3, temperature=0)
+    for ids in (np.array([1, 2]), [np.int64(1), np.int64(2)], [torch.tensor(1), torch.tensor(2)], b"\1\2"):
+        found = generate(model, ids, 3, temperature=0)
+        assert found == wanted
+        assert {type(token) for token in found} == {int}
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**64 - 1])
+def test_every_seed_of_64_bits(model, seed):
+    assert generate(model, [1], 5, seed=seed) == generate(model, [1], 5, seed=seed)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-6}, {"top_p": 1e-6}, {"repetition_penalty": 1e-6}])
+@pytest.mark.parametrize("more", [{}, {"temperature": 1e-6}, {"temperature": 1e6, "repetition_penalty": 1e6}])
+def test_the_ends_of_the_ranges_draw(model, options, more):
+    assert len(generate(model, [1, 2], 5, seed=0, **{**more, **options})) == 7
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_as_many_tokens_as_one_likes_take_no_room_before_they_are_drawn(model, cache):
+    tokens = stream(model, [[1, 2], [3]], 99999999999999, temperature=0, cache=cache)
+    texts = [list(pair) for pair in zip(*(next(tokens) for _ in range(70)), strict=True)]
+    assert [1, 2, *texts[0][1:]] == generate(model, [1, 2], 69, temperature=0)  # the longer waits for the shorter
+    assert [3, *texts[1]] == generate(model, [3], 70, temperature=0)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 1}, {"seed": 1, "top_k": 1, "repetition_penalty": 2}])
+def test_suppressed_ids_are_never_drawn(model, options):
+    drawn = sorted(set(generate(model, [1], 100, **options)[1:]))
+    suppress = drawn[: (len(drawn) + 1) // 2]
+    assert not {*generate(model, [1], 100, suppress=suppress, **options)[1:]} & {*suppress}
+    assert generate(model, [1], 9, suppress=np.array([]).astype(int), **options) == generate(model, [1], 9, **options)
 
 
 def test_a_model_that_is_no_language_model():

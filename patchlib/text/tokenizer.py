@@ -4,14 +4,18 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..config import MAX_CLASSES
 from ..errors import InputError, WeightsError, require
+from ..generation import as_python, is_integer
+from ..registry import model_names
 from ..weights.files import write_text
 from ..weights.hub import HubRepo
+from ..weights.verify import locate
 
 MAX_BYTES = 64 * 2**20  # of a tokenizer's file; those of 250,000 tokens have 20 MB
 END_OF_TEXT = "<|endoftext|>"
@@ -47,12 +51,12 @@ class Tokenizer(ABC):
         """One more than the largest id."""
         return len(self.tokens)
 
-    @property
+    @cached_property
     def end_id(self) -> int | None:
         """The id of GPT-2's end-of-text token, or None: what ``generate(stop=…)`` takes."""
         return self.tokens.index(END_OF_TEXT) if END_OF_TEXT in self.tokens else None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The vocabulary's sha256, in hex: token files and models made for another have another."""
         return hashlib.sha256("\0".join(token or "" for token in self.tokens).encode()).hexdigest()
@@ -61,14 +65,21 @@ class Tokenizer(ABC):
         """The text of ids; bytes that form no character become U+FFFD.
 
         Raises:
-            InputError: an id is outside the vocabulary.
+            InputError: an id is no integer, or outside the vocabulary.
         """
-        ids = [int(i) for i in ids]
-        for place, i in enumerate(ids):
-            if not 0 <= i < len(self.tokens) or self.tokens[i] is None:
+        if not isinstance(known := as_python(ids), list):
+            raise InputError(f"ids: found {known!r:.80}; allowed: a list of ids")
+        for place, i in enumerate(known):
+            if not is_integer(i) or not 0 <= i < len(self.tokens) or self.tokens[i] is None:
                 allowed = f"0 to {self.vocab_size - 1}, the tokenizer's vocabulary"
-                raise InputError(f"ids[{place}]: found {i}; allowed: {allowed}")
-        return self._decode(ids)
+                raise InputError(f"ids[{place}]: found {i!r:.80}; allowed: {allowed}")
+        return self._decode(known)
+
+    def missing(self, vocab_size: int) -> list[int]:
+        """The ids below `vocab_size` that no token has: what ``generate(suppress=…)`` takes, for a model whose
+        vocabulary is padded."""
+        tokens = self.tokens[:vocab_size]
+        return [i for i, token in enumerate(tokens) if token is None] + list(range(len(tokens), vocab_size))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of ids as they come, in pieces that end between characters. For byte-level vocabularies, where
@@ -204,19 +215,25 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that lies beside weights: ``tokenizer.json``, or else ``vocab.json`` and ``merges.txt``.
 
+        load_tokenizer("gpt_tiny.tiny_shakespeare")
         load_tokenizer("hf-hub:openai-community/gpt2")
         load_tokenizer("path/to/folder")
 
     Args:
-        source: a folder, ``local-dir:folder``, ``hf-hub:user/name[@revision]``, or a ``tokenizer.json``.
+        source: what `create_model` takes: a model's name with or without a tag, ``hf-hub:user/name[@revision]`` or
+            ``local-dir:folder``; or a path, of a folder or of a ``tokenizer.json``. A folder that is called as a model
+            is ``./name``.
         revision, cache_dir, token, local_files_only: as in huggingface_hub.
 
     Raises:
+        UnknownNameError: no weights have the model's name.
         WeightsError: there is none, or the file is damaged.
         HubError: the Hub does not have it, or does not answer.
         MissingExtraError: the tokenizers library is not installed; only `ByteTokenizer`'s file does without it.
     """
     name = str(source)
+    if isinstance(source, str) and name.partition(".")[0] in model_names():
+        name = locate(name)[0]
     if name.startswith("hf-hub:"):
         cache = None if cache_dir is None else Path(cache_dir)
         repo = HubRepo.parse(name.removeprefix("hf-hub:"), revision, cache, token, local_files_only)

@@ -1,11 +1,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hub_server import HubServer, run_client
 
-from patchlib.errors import InputError, WeightsError
+import patchlib
+from patchlib.errors import InputError, UnknownNameError, WeightsError
 from patchlib.text.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra 'text'")
@@ -121,6 +125,63 @@ def test_ids_outside_the_vocabulary_are_an_error(gpt2):
         gpt2.decode([-1])
     with pytest.raises(InputError, match=r"ids\[2\]: found 256; allowed: 0 to 255"):
         ByteTokenizer().decode([1, 2, 256, 3])
+    for ids in (
+        [65, 1.5],
+        [65, True],
+        [65, "B"],
+        [65, None],
+        [65, [66]],
+        torch.tensor([65, 66.5]),
+        np.array([65, 6.5]),
+    ):
+        with pytest.raises(InputError, match=r"ids\[[01]\]: found"):
+            ByteTokenizer().decode(ids)
+    with pytest.raises(InputError, match="ids: found 65; allowed: a list of ids"):
+        ByteTokenizer().decode(65)
+
+
+def test_numbers_of_numpy_and_torch_are_ids():
+    for ids in (np.array([79, 33]), torch.tensor([79, 33], dtype=torch.uint8), [np.int64(79), torch.tensor(33)], b"O!"):
+        assert ByteTokenizer().decode(ids) == "O!"
+    assert ByteTokenizer().decode(iter([79, 33])) == "O!"
+
+
+def test_missing_ids_are_those_without_a_token():
+    assert ByteTokenizer().missing(256) == ByteTokenizer().missing(9) == []
+    assert ByteTokenizer().missing(259) == [256, 257, 258]
+    holes = ByteTokenizer()
+    holes.tokens = ["a", None, "b", None]
+    assert holes.missing(6) == [1, 3, 4, 5]
+    assert holes.missing(2) == [1]
+
+
+@pytest.mark.parametrize("name", ["gpt_tiny", "gpt_tiny.tiny_shakespeare", "convnextv2_lm_tiny.tiny_shakespeare"])
+def test_by_the_name_of_a_model_with_weights(name, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(name)
+    model = patchlib.create_model(name, pretrained=True)
+    assert tokenizer.vocab_size == model.config.vocab_size
+    assert tokenizer.fingerprint == ByteTokenizer().fingerprint
+    # a folder of that name is meant by its path
+    BPETokenizer.train([RHYME], 270).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer(name).vocab_size == 256
+    assert [load_tokenizer(source).vocab_size for source in (f"./{name}", f"local-dir:{name}", Path(name))] == [270] * 3
+
+
+def test_names_without_weights_or_a_tokenizer():
+    with pytest.raises(UnknownNameError, match="no weights of 'causal_conv_lm_tiny'"):
+        load_tokenizer("causal_conv_lm_tiny")
+    with pytest.raises(UnknownNameError, match="the tag 'shakespeare'"):
+        load_tokenizer("gpt_tiny.shakespeare")
+    with pytest.raises(WeightsError, match=r"convmixer_16\.cats_dogs.*tokenizer\.json"):
+        load_tokenizer("convmixer_16")
+
+
+def test_the_end_is_looked_up_once():
+    tokenizer = BPETokenizer.train([RHYME], 270)
+    end = tokenizer.end_id
+    tokenizer.tokens = None
+    assert tokenizer.end_id == end == 0
 
 
 def test_pieces_of_a_stream_end_between_characters():
