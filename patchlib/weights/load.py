@@ -168,7 +168,7 @@ def fill(
     """
     aims = targets(model)
     head = _head_names(model) if new_head else set()
-    tensors, missing, unexpected = _convert(model, checkpoint, [name for name in aims if name not in head])
+    tensors, missing, unexpected, initial = _convert(model, checkpoint, [name for name in aims if name not in head])
     if new_head:
         unexpected = [name for name in unexpected if not _is_head(model, checkpoint, name)]
     mistyped = [f"{name} is {t.dtype}" for name, t in tensors.items() if not _fits_dtype(t, aims[name])]
@@ -180,6 +180,8 @@ def fill(
         for name, t in tensors.items()
         if t.shape != aims[name].shape
     ]
+    like = next(iter(tensors.values()), torch.empty(0))
+    tensors |= {name: like.new_full(aims[name].shape, value) for name, value in initial.items()}
     _refuse(checkpoint, model, missing, unexpected, [*misshapen, *mistyped])
     _refuse_unfilled(checkpoint, model, {*tensors, *head})
     if check_finite:
@@ -189,6 +191,12 @@ def fill(
         if head:
             _draw_head(model, tensors, dtype)
             log.warning("%s: the head is new, its weights are not from the checkpoint", checkpoint.source)
+    if initial:
+        log.warning(
+            "%s: has no classifier and no %s, which now have their initial values",
+            checkpoint.source,
+            ", ".join(initial),
+        )
     model.info = {**model.info, **_info_for(model, checkpoint, new_head)}
 
 
@@ -236,7 +244,8 @@ def unwrapped(model: nn.Module) -> Model:
 
 def number_of_classes(model: Model, checkpoint: Checkpoint) -> int | None:
     """How many classes the classifier in a bare file has, as `model` would name it; None if it has none."""
-    tensors, *_ = _convert(model, checkpoint, ["head.fc.weight"])
+    table, held = _match(model, checkpoint, ["head.fc.weight"])
+    tensors, *_ = table.to_ours(held, ["head.fc.weight"])
     return next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), None)
 
 
@@ -255,8 +264,25 @@ def _tables(model: Model, checkpoint: Checkpoint) -> list[Table]:
     return [table for form in formats for table in form.tables(model)] or [IDENTITY]
 
 
-def _convert(model: Model, checkpoint: Checkpoint, wanted: list[str]) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """By the table that fits best: the one that leaves the fewest names over on both sides."""
+def _convert(
+    model: Model, checkpoint: Checkpoint, wanted: list[str]
+) -> tuple[dict[str, Tensor], list[str], list[str], dict[str, float]]:
+    """The tensors under our names; missing and unexpected names; and what a file without a classifier may lack, with
+    its initial values."""
+    table, held = _match(model, checkpoint, wanted)
+
+    def in_file(name: str) -> bool:
+        return any(theirs in held for theirs in table.names(name)[0])
+
+    initial = {name: value for name, value in table.initial.items() if name in wanted}
+    if any(map(in_file, ("head.fc.weight", *initial))):
+        initial = {}
+    return *table.to_ours(held, [name for name in wanted if name not in initial]), initial
+
+
+def _match(model: Model, checkpoint: Checkpoint, wanted: list[str]) -> tuple[Table, Mapping[str, Tensor]]:
+    """The table that fits best, which leaves the fewest names over on both sides; and the file's tensors without the
+    prefix of what wrapped the model."""
     tensors = checkpoint.tensors
     for prefix in ("module.", "_orig_mod.", "module."):  # saved from DataParallel, torch.compile, or both
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -266,7 +292,7 @@ def _convert(model: Model, checkpoint: Checkpoint, wanted: list[str]) -> tuple[d
         names = [name for ours in wanted for name in table.names(ours)[0]]
         return sum(name not in tensors for name in names) + len(tensors.keys() - set(names))
 
-    return min(_tables(model, checkpoint), key=misfit).to_ours(tensors, wanted)
+    return min(_tables(model, checkpoint), key=misfit), tensors
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> Any:

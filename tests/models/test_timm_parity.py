@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDENS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import patchlib
 from patchlib.registry import find_model
@@ -60,6 +61,59 @@ def test_every_output_is_timms(case):
     assert len(maps) == sum(name.startswith("map") for name in answers) > 0
     for i, found in enumerate(maps):
         assert error(found, answers[f"map{i}"]) < 1e-4
+
+
+def without_norm(case, folder, *also):
+    """A file as masked pretraining leaves it: no classifier, no final norm."""
+    gone = ("head.fc.", "head.norm.", *also)
+    kept = {name: t for name, t in load_file(FOLDER / case / "model.safetensors").items() if not name.startswith(gone)}
+    save_file(kept, folder / "encoder.safetensors")
+    return folder / "encoder.safetensors"
+
+
+@torch.no_grad()
+def test_masked_pretraining_has_no_final_norm_and_it_starts_fresh(caplog, tmp_path):
+    answers = load_file(FOLDER / "convnextv2" / "answers.safetensors")
+    file, sizes = without_norm("convnextv2", tmp_path), CONVNEXTS["convnextv2"]
+    wanted = F.layer_norm(answers["features"].mean((2, 3)), (20,), eps=1e-6)
+    with caplog.at_level("WARNING", "patchlib"):
+        model = patchlib.create_model("convnextv2_tiny", checkpoint=file, **{**sizes, "num_classes": 0})
+    assert ["head.norm.weight, head.norm.bias" in message for message in caplog.messages] == [True]
+    assert error(model(answers["images"]), wanted) < 1e-4
+    classes = patchlib.create_model("convnextv2_tiny", checkpoint=file, **{**sizes, "num_classes": 3})
+    assert error(classes.forward_head(answers["features"], pre_logits=True), wanted) < 1e-4
+    used = patchlib.ConvNeXtV2(**sizes)
+    used.head.norm.weight.fill_(3)
+    patchlib.load_pretrained(used, file, new_head=True)
+    assert used.head.norm.weight.eq(1).all()
+    save_file({name: t.half() for name, t in load_file(file).items()}, file)
+    half = patchlib.create_model("convnextv2_tiny", checkpoint=file, dtype="file", **{**sizes, "num_classes": 0})
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+
+
+def test_nothing_else_may_be_missing_beside_it(tmp_path):
+    options = {"checkpoint": without_norm("convnextv2", tmp_path), **CONVNEXTS["convnextv2"]}
+    options.pop("num_classes")
+    with pytest.raises(patchlib.WeightsError, match=r"missing: head\.fc"):
+        patchlib.create_model("convnextv2_tiny", **options)
+    options["num_classes"] = 0
+    without_norm("convnextv2", tmp_path, "stages.0.blocks.0.norm.bias")
+    with pytest.raises(patchlib.WeightsError, match=r"1 missing: stages\.0\.blocks\.0\.norm\.bias"):
+        patchlib.create_model("convnextv2_tiny", **options)
+    whole = load_file(FOLDER / "convnextv2" / "model.safetensors")
+    save_file({n: t for n, t in whole.items() if n != "head.norm.bias"}, options["checkpoint"])
+    for num_classes in (7, 3, 0):  # a classifier was trained with the norm before it
+        with pytest.raises(patchlib.WeightsError, match=r"1 missing: head\.norm\.bias"):
+            patchlib.create_model("convnextv2_tiny", **{**options, "num_classes": num_classes})
+    save_file({n: t for n, t in whole.items() if not n.startswith("head.norm")}, options["checkpoint"])
+    with pytest.raises(patchlib.WeightsError, match=r"2 missing: head\.norm"):
+        patchlib.create_model("convnextv2_tiny", **{**options, "num_classes": 3})
+    gap = FOLDER / "vit_registers_avg"
+    norms = {n: t for n, t in load_file(gap / "model.safetensors").items() if not n.startswith(("fc_norm", "head"))}
+    save_file(norms, options["checkpoint"])
+    config = patchlib.create_model(f"local-dir:{gap}", device="meta").config
+    with pytest.raises(patchlib.WeightsError, match=r"2 missing: head\.norm"):
+        patchlib.load_pretrained(patchlib.ViT(config, num_classes=0), options["checkpoint"])
 
 
 SABOTAGE = [
@@ -200,3 +254,25 @@ def test_timm_sorts_our_parameters_into_layers_as_its_own(name, coarse):
     groups, layers = map(int, ask_peers(code, name, coarse).split())
     assert groups > 2
     assert layers > 2
+
+
+@needs_peers
+def test_timm_loads_a_file_of_masked_pretraining_alike(tmp_path):
+    encoder = patchlib.create_model("convnextv2_atto", num_classes=0).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(std=0.1)
+    file = patchlib.save_pretrained(encoder, tmp_path, format="timm") / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith("head.")}, file)
+    model = patchlib.create_model("convnextv2_atto.fcmae", checkpoint=file)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        save_file({"images": images, "pooled": model(images)}, tmp_path / "answers.safetensors")
+    code = (
+        "import sys, timm, torch; from safetensors.torch import load_file\n"
+        "overlay = {'file': sys.argv[1]}\n"
+        "model = timm.create_model('convnextv2_atto.fcmae', pretrained=True, pretrained_cfg_overlay=overlay).eval()\n"
+        "answers = load_file(sys.argv[2])\n"
+        "with torch.no_grad(): print((model(answers['images']) - answers['pooled']).abs().max().item())"
+    )
+    assert float(ask_peers(code, file, tmp_path / "answers.safetensors").split()[-1]) < 1e-4

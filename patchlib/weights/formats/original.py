@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .table import CONV_1X1, VECTOR, Rule, Table
+from .table import CONV_1X1, FRESH_NORM, VECTOR, Rule, Table
 
 
 def recognises(content: Mapping[str, Any]) -> bool:
@@ -33,7 +33,8 @@ _CONVNEXT = Table(
         Rule(_BLOCK + "scale.gamma", "stages.{i}.{j}.gamma"),
         Rule("head.norm.{p}", "norm.{p}"),
         Rule("head.fc.{p}", "head.{p}"),
-    )
+    ),
+    initial=FRESH_NORM,
 )
 
 

@@ -7,6 +7,7 @@ dot-free piece of the name, and the right side repeats it. Where the tensors dif
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,12 @@ class Table(NamedTuple):
     Attributes:
         rules: tried in order; the first whose pattern fits counts.
         ignored: a regular expression for names in a file that hold nothing this model uses.
+        initial: our names that files of pretraining without classes do not have, and the value that each then has.
     """
 
     rules: tuple[Rule, ...]
     ignored: str = r"(?!)"
+    initial: Mapping[str, float] = MappingProxyType({})
 
     def names(self, ours: str) -> tuple[tuple[str, ...], Op]:
         """Their names for one of our names, and the op. A name that no rule knows stays as it is."""
@@ -97,3 +100,5 @@ def _pattern(ours: str) -> re.Pattern[str]:
 
 
 IDENTITY = Table(())
+# ConvNeXt V2's masked pretraining (FCMAE) has no final norm; timm starts it so too
+FRESH_NORM = {"head.norm.weight": 1.0, "head.norm.bias": 0.0}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import UnknownNameError, WeightsError, nearest
 from ...registry import find_model, model_names
-from .table import CONV_1X1, MATRIX, Op, Rule, Table
+from .table import CONV_1X1, FRESH_NORM, MATRIX, Op, Rule, Table
 
 _VIT = Table(
     (
@@ -46,7 +46,8 @@ def _convnext(matrix: Op) -> Table:
             Rule(block + "scale.gamma", block + "gamma"),
             Rule("norm.{p}", "norm_pre.{p}"),
             Rule("head.fc.{p}", "head.fc.{p}"),
-        )
+        ),
+        initial=FRESH_NORM,
     )
 
 
