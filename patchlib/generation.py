@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
+from .layers.token_image import is_integer
 
 Prompts = Iterable[int] | Iterable[Iterable[int]] | Tensor
 Stop = int | Sequence[int | Sequence[int]] | None
@@ -250,11 +251,6 @@ def as_python(values: Any) -> Any:
     if isinstance(values, Iterable) and not isinstance(values, (str, Mapping)):
         return [as_python(value) for value in values]
     return values
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is one of Python's, which True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_lists(prompt_ids: Prompts) -> tuple[list[list[Any]], bool]:

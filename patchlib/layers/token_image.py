@@ -1,6 +1,7 @@
 """Tokens laid out as an image."""
 
 import math
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,10 @@ class TokenImageEncoder(nn.Module):
         order: str = "oldest_first",
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "num_tokens": num_tokens, "patch_size": patch_size, "channels": channels}
+        for name, size in sizes.items():
+            if not is_integer(size) or size < 1:
+                raise ConfigError(f"{name}: found {size!r}; allowed: an integer from 1")
         self.dim = dim = channels * patch_size**2
         if order not in ("oldest_first", "newest_first"):
             raise ConfigError(f"order: found {order!r}; allowed: 'oldest_first', 'newest_first'")
@@ -56,13 +61,15 @@ class TokenImageEncoder(nn.Module):
             raise ConfigError(f"pos_embed: found {pos_embed!r}; allowed: 'learned', 'sinusoidal'")
         if pos_embed == "sinusoidal" and dim % 2:
             raise ConfigError(f"pos_embed: sinusoidal positions need an even channels * patch_size**2; found {dim}")
-        if max_positions is not None and (pos_embed != "learned" or max_positions < num_tokens):
+        if max_positions is not None and (
+            pos_embed != "learned" or not is_integer(max_positions) or max_positions < num_tokens
+        ):
             raise ConfigError(
-                f"max_positions: found {max_positions} with pos_embed={pos_embed!r}; "
+                f"max_positions: found {max_positions!r} with pos_embed={pos_embed!r}; "
                 f"allowed: at least num_tokens={num_tokens}, of a learned table; leave it out otherwise"
             )
-        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
-            raise ConfigError(f"pad_token_id: found {pad_token_id}; allowed: 0 to {vocab_size - 1}, or None")
+        if pad_token_id is not None and not (is_integer(pad_token_id) and 0 <= pad_token_id < vocab_size):
+            raise ConfigError(f"pad_token_id: found {pad_token_id!r}; allowed: 0 to {vocab_size - 1}, or None")
         self.vocab_size, self.num_tokens, self.patch_size, self.channels = vocab_size, num_tokens, patch_size, channels
         self.pad_token_id, self.order = pad_token_id, order
         self.tokens = nn.Parameter(torch.empty(vocab_size, dim))
@@ -145,11 +152,16 @@ class TokenImageEncoder(nn.Module):
         return f"{self.num_tokens} tokens of {self.vocab_size} as {self.channels} x {self.image_size}, {self.order}"
 
 
-def check_ids(ids: Tensor, vocab_size: int, most: int | None = None, values: bool | None = None) -> None:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an int of Python's, which True and False are not meant to be."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_ids(ids: Tensor, vocab_size: int, most: int | None = None, check: bool | None = None) -> None:
     """Raises `InputError` unless `ids` are ``(batch, T)`` integers from 0 to ``vocab_size - 1``, and ``T`` is from 1 to
     `most`.
 
-    Looking at the values takes a synchronisation on an accelerator and cannot be compiled; `values` says whether to do
+    Looking at the values takes a synchronisation on an accelerator and cannot be compiled; `check` says whether to do
     it. Left out, it is done in eager mode on the CPU.
     """
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
@@ -158,9 +170,9 @@ def check_ids(ids: Tensor, vocab_size: int, most: int | None = None, values: boo
     if count < 1 or (most is not None and count > most):
         allowed = "at least 1" if most is None else f"1 to {most}; crop to the newest"
         raise InputError(f"ids: found {count} tokens; allowed: {allowed}")
-    if values is None:
-        values = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if values and ids.numel() and (ids.amin() < 0 or ids.amax() >= vocab_size):
+    if check is None:
+        check = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check and ids.numel() and (ids.amin() < 0 or ids.amax() >= vocab_size):
         row, place = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
         raise InputError(
             f"ids[{row}, {place}]: found {ids[row, place].item()}; allowed: 0 to {vocab_size - 1} "

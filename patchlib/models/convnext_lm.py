@@ -74,7 +74,7 @@ class ConvNeXtV2LMConfig(BaseConfig):
         patch_size, channels: of a token's patch; its embedding is ``channels * patch_size**2`` long.
         pos_embed, max_positions, pad_token_id, order: as in `TokenImageEncoder`.
         trunk: the network that reads the image: a family (``"convnextv2"``, ``"convmixer"``, ``"vit"``, …) or a
-            registered model's name as ``kind``, and fields of its config.
+            registered model's name as ``kind``, and fields of its config; its `drop` falls on what the readout reads.
         readout: from the last grid to one embedding: ``"upsample"``, a transposed convolution along the flattened
             positions, of which the last channel is read; ``"pool"``, the mean, a norm and a matrix.
     """
@@ -135,7 +135,7 @@ class ConvNeXtV2LM(LanguageModel):
             rows, columns = _last_grid(self.trunk, image)
         except InputError as error:  # what would be wrong with an image is wrong with the config here
             raise ConfigError(f"ConvNeXtV2LMConfig.trunk.patch_size: {error}") from error
-        self.trunk.head = nn.Identity()  # the readout reads the grid
+        self.trunk.head = nn.Dropout(getattr(trunk_config, "drop", 0.0))  # its dropout; the rest is the readout's
         width = self.trunk.num_features
         if config.readout == "pool":
             self.readout: nn.Module = PoolReadout(width, config.dim)
@@ -146,16 +146,18 @@ class ConvNeXtV2LM(LanguageModel):
             )
         else:
             self.readout = UpsampleReadout(width, config.dim // (rows * columns))
+        self.init_weights()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Raises `InputError` for more than `num_tokens` tokens, or ids outside the vocabulary."""
         patches = self.trunk.encode(self.trunk.embed(self.encoder(ids)))
-        x = self.readout(self.trunk.to_grid(patches))
+        x = self.readout(self.trunk.head(self.trunk.to_grid(patches)))
         return F.linear(x, self.encoder.tokens)[:, None]
 
     def _init_module(self, module: nn.Module) -> None:
-        """As the trunk does it."""
-        self.trunk._init_module(module)
+        """All but the readout as the trunk does it; the readout starts as torch draws it, which trains well."""
+        if module not in tuple(self.readout.modules()):
+            self.trunk._init_module(module)
 
 
 def _last_grid(model: ImageModel, image: tuple[int, int]) -> tuple[int, int]:

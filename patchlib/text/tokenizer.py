@@ -11,7 +11,8 @@ from typing import Any
 
 from ..config import MAX_CLASSES
 from ..errors import InputError, WeightsError, require
-from ..generation import as_python, is_integer
+from ..generation import as_python
+from ..layers.token_image import is_integer
 from ..registry import model_names
 from ..weights.files import write_text
 from ..weights.hub import HubRepo

@@ -135,7 +135,7 @@ def test_bad_ids(ids, words):
 def test_value_check_stands_aside_elsewhere():
     outside = torch.full((1, 3), 99)
     check_ids(outside.to("meta"), 11)  # values cannot be seen there
-    check_ids(outside, 11, values=False)
+    check_ids(outside, 11, check=False)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(ids):
@@ -144,7 +144,7 @@ def test_value_check_stands_aside_elsewhere():
 
     assert compiled(outside)[0, 0] == 100
     with pytest.raises(InputError):
-        check_ids(outside, 11, values=True)
+        check_ids(outside, 11, check=True)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,13 @@ def test_value_check_stands_aside_elsewhere():
         {"pad_token_id": 11},
         {"pad_token_id": -1},
         {"pos_embed": "sinusoidal", "channels": 1, "patch_size": 3},
+        *({name: value} for name in ("vocab_size", "num_tokens", "patch_size", "channels") for value in
+          (0, -1, (8, 8), 1.5, "8", None, True)),
+        *({name: value} for name in ("max_positions", "pad_token_id") for value in ((8, 8), 8.5, "8", True)),
     ],
-)
+)  # fmt: skip
 def test_impossible_options(options):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"^{next(iter(options))}: "):
         encoder(**options)
 
 

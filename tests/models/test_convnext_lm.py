@@ -193,6 +193,42 @@ def test_fresh_weights_are_the_trunks():
     assert model.encoder.tokens.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("readout", ["upsample", "pool"])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_fresh_weights_are_drawn_alike_by_constructor_and_init_weights(trunk, readout):
+    width = 64
+    trunk = {key: (width, width) if key == "dims" else width if key == "dim" else v for key, v in TRUNKS[trunk].items()}
+    if "stages" in trunk:
+        trunk["stages"] = [{**trunk["stages"][0], "dim": width}]
+    model = ConvNeXtV2LM(**{**SMALL, "trunk": trunk, "readout": readout})
+    built = {name: p.clone() for name, p in model.named_parameters()}
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        if built[name].std() == 0:
+            assert torch.equal(parameter, built[name]), name
+        else:
+            assert not torch.equal(parameter, built[name]), name
+            chance = max(0.05, 4 * parameter.numel() ** -0.5)
+            assert parameter.std().item() == pytest.approx(built[name].std().item(), rel=chance), name
+    # torch's own, as in the models trained so far
+    if readout == "pool":
+        assert model.readout.proj.weight.std().item() == pytest.approx(width**-0.5 / 3**0.5, rel=0.05)
+        assert model.readout.proj.bias.std() > 0.01
+
+
+def test_dropout_of_the_trunk_falls_on_what_is_read_out():
+    for readout in ("pool", "upsample"):
+        model = model_of(trunk={**TRUNKS["convmixer"], "drop": 0.5}, readout=readout)
+        plain = model_of(trunk=TRUNKS["convmixer"], readout=readout)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        ids, read = random_ids(4, 14), []
+        assert torch.equal(model(ids), plain(ids))
+        model.readout.register_forward_pre_hook(lambda _, inputs, read=read: read.append(inputs[0]))
+        model.train()
+        model(ids)
+        assert 0.3 < (read[0] == 0).float().mean() < 0.7
+
+
 def test_learns_the_newest_token():
     torch.manual_seed(0)
     model = ConvNeXtV2LM(**{**SMALL, "order": "newest_first", "readout": "pool"})
