@@ -306,7 +306,8 @@ class LanguageModel(Model):
     """A model of token sequences. A subclass provides `forward` and, in its config, ``vocab_size``.
 
     One that need not read everything again for each new token has ``start(ids)`` and ``step(ids, cache)`` too, which
-    give the next token's logits ``(batch, vocab_size)`` and a cache; `generate` uses them where they are.
+    give the next token's logits ``(batch, vocab_size)`` and a cache; `generate` uses them where they are. A cache is
+    used up by the `step` that it is given to, which may change it in place: go on with the one that it returns.
     """
 
     context: int  # how many tokens it can read at once

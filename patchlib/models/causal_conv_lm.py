@@ -74,6 +74,9 @@ class CausalConvLM(LanguageModel):
     Depthwise convolutions see the rows above and the row's beginning, response normalisation the rows above.
     Positions need no embedding: the convolutions tell them apart. The head is the embedding.
 
+    `torch.export` makes one graph for all lengths (``{1: Dim("tokens", max=context)}``, not strict), which always
+    computes the whole context; what is exported for one length computes the rows that it needs.
+
     ``CausalConvLM(dim=192, depth=9)``, ``CausalConvLM(config)`` and ``CausalConvLM(config, depth=6)`` all work.
 
     Raises:
@@ -103,7 +106,8 @@ class CausalConvLM(LanguageModel):
         grid = self._lay(ids)
         for block in self.blocks:
             grid = block(grid)
-        return self._head(grid.flatten(1, 2)[:, : ids.shape[1]])
+        x = grid.flatten(1, 2)
+        return self._head(F.pad(x, (0, 0, 0, ids.shape[1] - x.shape[1])))  # exports for any length, as a slice does not
 
     def next_logits(self, ids: Tensor) -> Tensor:
         return self.start(ids)[0]
@@ -148,9 +152,12 @@ class CausalConvLM(LanguageModel):
     def _lay(self, ids: Tensor) -> Tensor:
         """Ids to the grid ``(batch, rows, columns, dim)``, as many rows as they need; empty cells come last."""
         check_ids(ids, self.config.vocab_size, self.context)
-        width = self.config.grid_width
+        width, count = self.config.grid_width, ids.shape[1]
         x = self.drop(F.embedding(ids, self.tokens))
-        return F.pad(x, (0, 0, 0, -ids.shape[1] % width)).unflatten(1, (-1, width))
+        # an export for any length gets all rows, since a graph cannot hold for one row and for more; none reads ahead
+        most = self.context if isinstance(count, torch.SymInt) else count
+        rows = -(-most // width)
+        return F.pad(x, (0, 0, 0, rows * width - count)).unflatten(1, (rows, width))
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(self.drop(self.norm(x)), self.tokens)

@@ -287,3 +287,14 @@ def test_compile_export_and_meta():
     torch.testing.assert_close(exported(random_ids(5, 20)), model(random_ids(5, 20)))
     with torch.device("meta"):
         assert CausalConvLM(**SMALL)(ids.to("meta")).shape == (2, 20, 19)
+
+
+@pytest.mark.parametrize("context", [26, 30])  # 30 tokens fill their rows, 26 do not
+@pytest.mark.parametrize("example", [2, 20, 26])
+def test_one_export_for_every_length(context, example):
+    model = model_of(depth=2, context=context)
+    sizes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=context)}}
+    exported = torch.export.export(model, (random_ids(2, example),), dynamic_shapes=sizes).module()
+    for length in range(1, context + 1):
+        ids = random_ids(3, length)
+        torch.testing.assert_close(exported(ids), model(ids))
