@@ -191,6 +191,73 @@ def test_a_folder_saved_for_timm_holds_the_same_file(case, tmp_path):
     assert load(case).config == patchlib.create_model(f"local-dir:{saved}").config
 
 
+_VIT = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "img_size": 24, "num_classes": 3}
+_CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "img_size": 64, "num_classes": 3}
+_CONVMIXER = {"dim": 768, "depth": 32, "kernel_size": 7, "patch_size": 7, "act": "relu", "img_size": 30}
+FOR_TIMM = {
+    "remainder": (patchlib.ViT, {**_VIT, "img_size": (30, 24), "patch_embed": {"remainder": "drop"}}),
+    "spelling": (patchlib.ViT, {**_VIT, "patch_embed": {"stride": 8, "bias": True}, "attention": {"head_dim": 12}}),
+    "memory": (patchlib.ConvMixer, {**_CONVMIXER, "memory_efficient": True, "drop": 0.1}),
+    "covered": (patchlib.ConvMixer, {**_CONVMIXER, "img_size": 28, "patch_embed": {"remainder": "error"}}),
+    "convnext": (patchlib.ConvNeXt, {**_CONVNEXT, "kernel_size": 3, "layer_scale": 0.1}),
+    "convnext_grn": (patchlib.ConvNeXt, {**_CONVNEXT, "grn": True, "layer_scale": 0.1, "norm": {"kind": "layer"}}),
+    "convnext_wide": (patchlib.ConvNeXt, {**_CONVNEXT, "dims": (96, 8, 8, 8), "layer_scale": None}),
+    "convnext_v2": (patchlib.ConvNeXtV2, {**_CONVNEXT, "dims": (96, 8, 8, 8), "pool": {"norm": False}}),
+    "hnf": (patchlib.ConvNeXt, {"pool": {"norm": False}, "img_size": 64, "memory_efficient": True}),
+}  # fmt: skip
+
+
+def redrawn(case):
+    model_class, options = FOR_TIMM[case]
+    model = model_class(**options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("case", FOR_TIMM)
+@torch.no_grad()
+def test_what_timm_has_an_argument_for_comes_back_from_its_format(case, tmp_path):
+    model = redrawn(case)
+    again = patchlib.create_model(f"local-dir:{patchlib.save_pretrained(model, tmp_path, format='timm')}")
+    images = torch.rand(2, 3, *patchlib.preprocess(model).input_size[1:])
+    assert torch.equal(again(images), model(images))
+
+
+def test_the_norms_place_is_timms_unless_the_file_says_otherwise():
+    """timm writes the pooling's kind of any model, and `fc_norm` of none."""
+    for name in ("convnext_tiny_hnf", "convnext_tiny", "vit_medium_patch16_gap_240", "vit_base_patch16_224"):
+        pool = patchlib.create_model(name, device="meta").config.pool
+        kind = {"class": "token"}.get(pool["kind"], pool["kind"])
+        _, config, _ = timm_format.to_config({"architecture": name, "model_args": {"global_pool": kind}})
+        assert config.pool == pool, name
+    for name, kind, norm in (("vit_base_patch16_224", "avg", True), ("vit_base_patch16_224", "token", False)):
+        _, config, _ = timm_format.to_config({"architecture": name, "model_args": {"global_pool": kind}})
+        assert config.pool["norm"] is norm
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options", "named"),
+    [
+        (patchlib.ViT, {**_VIT, "patch_embed": {"remainder": "pad"}}, "patch_embed"),
+        (patchlib.ViT, {**_VIT, "patch_embed": {"bias": False}}, "patch_embed"),
+        (patchlib.ViT, {**_VIT, "patch_embed": {"stride": 4}}, "patch_embed"),
+        (patchlib.ViT, {**_VIT, "norm": {"eps": 1e-3}}, "norm"),
+        (patchlib.ViT, {**_VIT, "attention": {"head_dim": 8}}, "attention"),
+        (patchlib.ConvMixer, {**_CONVMIXER, "patch_embed": {"remainder": "pad"}}, "patch_embed"),
+        (patchlib.ConvMixer, {**_CONVMIXER, "depth": 1}, "depth"),
+        (patchlib.ConvNeXt, {**_CONVNEXT, "depths": (1, 1), "dims": (8, 8)}, "4 stages, this one 2"),
+        (patchlib.ConvNeXt, {**_CONVNEXT, "kernel_size": 4}, "odd kernels, not 4"),
+        (patchlib.ConvNeXt, {**_CONVNEXT, "patch_size": 8}, "differs in patch_size"),
+        (patchlib.ConvNeXt, {**_CONVNEXT, "pool": {"norm": {"kind": "layer", "eps": 1e-12}}}, "differs in pool"),
+    ],
+)
+def test_what_timm_has_no_argument_for_is_refused_by_name(model_class, options, named, tmp_path):
+    with pytest.raises(patchlib.WeightsError, match=named):
+        patchlib.save_pretrained(model_class(**options), tmp_path, format="timm")
+
+
 def test_linear_patches_are_saved_for_timm_as_a_convolution(tmp_path):
     model = patchlib.create_model("vit_128_6_cifar")
     found = load_file(patchlib.save_pretrained(model, tmp_path, format="timm") / "model.safetensors")
@@ -276,3 +343,36 @@ def test_timm_loads_a_file_of_masked_pretraining_alike(tmp_path):
         "with torch.no_grad(): print((model(answers['images']) - answers['pooled']).abs().max().item())"
     )
     assert float(ask_peers(code, file, tmp_path / "answers.safetensors").split()[-1]) < 1e-4
+
+
+@needs_peers
+@pytest.mark.parametrize("case", FOR_TIMM)
+def test_timm_gives_the_same_numbers_from_its_arguments(case, tmp_path):
+    model = redrawn(case)
+    images = torch.rand(2, 3, *patchlib.preprocess(model).input_size[1:])
+    with torch.no_grad():
+        save_file({"images": images, "logits": model(images)}, tmp_path / "answers.safetensors")
+    patchlib.save_pretrained(model, tmp_path / "saved", format="timm")
+    code = (
+        "import sys, timm, torch; from safetensors.torch import load_file\n"
+        "model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "answers = load_file(sys.argv[2])\n"
+        "found, wanted = model(answers['images']), answers['logits']\n"
+        "print(((found - wanted).abs().max() / wanted.abs().max()).item())"
+    )
+    assert float(ask_peers(code, tmp_path / "saved", tmp_path / "answers.safetensors").split()[-1]) < 1e-5
+
+
+@needs_peers
+def test_what_timm_saved_of_its_own_loads(tmp_path):
+    code = (
+        "import sys, timm, torch; from timm.models._hub import save_for_hf; from safetensors.torch import save_file\n"
+        "torch.manual_seed(0); model = timm.create_model('convnext_tiny_hnf', num_classes=5).eval()\n"
+        "save_for_hf(model, sys.argv[1], model_args={'global_pool': 'avg'}, safe_serialization=True)\n"
+        "images = torch.rand(1, 3, 64, 64); logits = model(images).detach()\n"
+        "save_file({'images': images, 'logits': logits}, sys.argv[1] + '/answers.safetensors')"
+    )
+    ask_peers(code, tmp_path)
+    answers = load_file(tmp_path / "answers.safetensors")
+    with torch.no_grad():
+        assert error(patchlib.create_model(f"local-dir:{tmp_path}")(answers["images"]), answers["logits"]) < 1e-4

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UnknownNameError, WeightsError, nearest
+from ...layers.grid import pair
 from ...registry import find_model, model_names
 from .table import CONV_1X1, FRESH_NORM, MATRIX, Op, Rule, Table
 
@@ -84,6 +85,8 @@ _ARGUMENTS: dict[str, Any] = {
     "drop_rate": lambda v: {"drop": v},
     "drop_path_rate": lambda v: {"drop_path": v},
 }
+_INSTEAD = "use format='patchlib'"
+_EPS = 1e-5  # torch's, of a layer norm that names none
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
@@ -94,11 +97,15 @@ def recognises(content: Mapping[str, Any]) -> bool:
 
 def tables(model: Any) -> tuple[Table, ...]:
     """Key tables of a model, none if timm has no such model."""
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     if name in ("ConvNeXt", "ConvNeXtV2"):
-        small = config.dims[0] < 96 or not config.pool.get("norm", True)
-        return (_CONVNEXT_SMALL,) if small else (_CONVNEXT,)
+        return (_CONVNEXT_SMALL,) if _has_conv_mlp(model.config) else (_CONVNEXT,)
     return {"ViT": (_VIT,), "ConvMixer": (_CONVMIXER,)}.get(name, ())
+
+
+def _has_conv_mlp(config: Any) -> bool:
+    """Whether timm's ConvNeXt of these sizes holds its matrices as 1x1 convolutions."""
+    return config.dims[0] < 96 or not config.pool.get("norm", True)
 
 
 def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -124,6 +131,9 @@ def to_config(content: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     if classes is not None:
         config = config.replace(num_classes=classes)
     config = _with_arguments(config, arguments)
+    cut = zip(pair(config.img_size), pair(config.patch_size), strict=True)
+    if model_class.__name__ == "ViT" and any(side % patch for side, patch in cut):
+        config = config.replace(patch_embed={"remainder": "drop"})  # timm leaves out what fills no patch
     info: dict[str, Any] = {"preprocessing": {key: details[key] for key in _PREPROCESSING if key in details}}
     if "license" in details:
         info["license"] = details["license"]
@@ -147,9 +157,10 @@ def _with_arguments(config: Any, arguments: Mapping[str, Any]) -> Any:
             ) from error
         for field, change in changes.items():
             overrides[field] = {**overrides.get(field, {}), **change} if isinstance(change, dict) else change
-    pool = overrides.get("pool", {})
-    if pool.get("kind") == "avg" != config.pool["kind"]:
-        overrides["pool"] = {"norm": True, **pool}  # where timm is not told of fc_norm, averages are normed after
+    if pool := overrides.get("pool"):
+        same = pool.get("kind", config.pool["kind"]) == config.pool["kind"]
+        # for another pooling timm, if it is not told of fc_norm, puts the norm after averages alone
+        overrides["pool"] = {**(config.pool if same else {"norm": pool["kind"] == "avg"}), **pool}
     return config.replace(**overrides)
 
 
@@ -161,7 +172,7 @@ def from_model(model: Any) -> dict[str, Any]:
     """
     config = model.config
     if type(model).__name__ not in _EXPORTS:
-        raise WeightsError(f"format 'timm': timm has no {type(model).__name__}; use format='patchlib'")
+        raise WeightsError(f"format 'timm': timm has no {type(model).__name__}; {_INSTEAD}")
     architecture, arguments = _EXPORTS[type(model).__name__](config)
     _, rebuilt = find_model(architecture)
     rebuilt = rebuilt.replace(in_chans=config.in_chans, img_size=config.img_size, num_classes=config.num_classes)
@@ -170,7 +181,7 @@ def from_model(model: Any) -> dict[str, Any]:
     if differing := [key for key in ours if ours[key] != theirs[key]]:
         raise WeightsError(
             f"format 'timm': timm's {architecture} differs in {', '.join(differing)} and takes no argument for it; "
-            "use format='patchlib'"
+            f"{_INSTEAD}"
         )
     height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
     details = {"input_size": [config.in_chans, height, width], "num_classes": config.num_classes}
@@ -218,10 +229,27 @@ def _convmixer_arguments(config: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _convnext_arguments(config: Any) -> tuple[str, dict[str, Any]]:
-    names = model_names("convnextv2" if config.grn else "convnext")
+    if len(config.depths) != 4:
+        raise WeightsError(f"format 'timm': timm's ConvNeXt has 4 stages, this one {len(config.depths)}; {_INSTEAD}")
+    if config.kernel_size % 2 == 0:
+        raise WeightsError(f"format 'timm': timm's ConvNeXt has odd kernels, not {config.kernel_size}; {_INSTEAD}")
+    family = "convnextv2" if config.grn else "convnext"
     same = ("depths", "dims", "pool")
-    fits = (n for n in names if all(getattr(find_model(n)[1], key) == getattr(config, key) for key in same))
-    return next(fits, names[-1]), {}
+    fits = (
+        name
+        for name in model_names(family)
+        if all(getattr(find_model(name)[1], key) == getattr(config, key) for key in same)
+    )
+    return next(fits, f"{family}_tiny"), {
+        "depths": config.depths,
+        "dims": config.dims,
+        "kernel_sizes": config.kernel_size,
+        "ls_init_value": config.layer_scale,
+        "use_grn": config.grn,
+        "norm_eps": config.norm.get("eps", _EPS),
+        "head_norm_first": not config.pool.get("norm", True),
+        "conv_mlp": _has_conv_mlp(config),
+    }
 
 
 _EXPORTS: dict[str, Any] = {
@@ -234,12 +262,23 @@ _EXPORTS: dict[str, Any] = {
 
 def _weights_of(config: Any) -> dict[str, Any]:
     """What of a config shapes weights or outputs in evaluation, with one spelling for equal things."""
-    fields = config.replace(drop=0.0, drop_path=0.0).to_dict()
-    if config.patch_embed["kind"] in ("linear", "conv"):  # one function
-        fields["patch_embed"] = {"stride": config.patch_embed.get("stride")}
+    training = ("drop", "drop_path", "memory_efficient")
+    fields = {key: value for key, value in config.to_dict().items() if key not in training}
+    patches = {"stride": None, "remainder": "error", "bias": True, **config.patch_embed}
+    if patches["kind"] in ("linear", "conv"):  # one function
+        patches["kind"] = "conv"
+    if patches["remainder"] == "error":  # timm's convolution drops pixels where this would raise
+        patches["remainder"] = "drop"
+    if patches["stride"] in (config.patch_size, (config.patch_size,) * 2):
+        patches["stride"] = None
+    fields["patch_embed"] = patches
     fields["pool"] = {"norm": False, **config.pool}
-    if fields.get("mlp"):
+    if "norm" in fields:
+        fields["norm"] = {"eps": _EPS, **config.norm}
+    if "mlp" in fields:
         fields["mlp"] = {"approximate": "none", "ratio": 4.0, **config.mlp}
+    if "heads" in fields and config.attention["head_dim"] == config.dim // config.heads:
+        fields["attention"] = {**config.attention, "head_dim": None}
     if fields.get("pos_embed") and not config.prefix:
         fields["pos_embed"] = {**fields["pos_embed"], "covers_prefix": True}
     return fields
