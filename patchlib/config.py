@@ -240,7 +240,7 @@ def block_spec(role: str, where: str, value: Any, shared: tuple[str, ...] = ()) 
     _check_options(where, spec)
     options = {key: option for key, option in spec.items() if key not in ("kind", *shared)}
     try:
-        check_options(role, spec["kind"], options)
+        check_options(role, spec["kind"], options, shared=shared)
     except UnknownNameError as error:
         raise ConfigError(f"{where}.kind: {error}") from error
     except ConfigError as error:

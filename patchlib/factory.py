@@ -1,6 +1,7 @@
 """`create_model` and what tells about models: the only place where architecture meets weights."""
 
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConfigError, PatchlibError, WeightsError
+from .errors import ConfigError, PatchlibError, WeightsError, nearest
 from .models.base import ImageModel, Model
 from .models.features import FeatureExtractor
 from .registry import family_of, find_model, model_names
@@ -92,11 +93,13 @@ def create_model(
     if str(name).startswith(_SOURCES):
         loaded = read_checkpoint(name, config_only=random or checkpoint is not None, **options)  # type: ignore[arg-type]
         model_class, config = loaded.model_class, loaded.config
+        _check_names(config, config_overrides)
         if pretrained is False:
             loaded = None
     else:
         architecture, _, tag = str(name).partition(".")
         model_class, config = find_model(architecture)
+        _check_names(config, config_overrides)
         if tag or (pretrained and checkpoint is None):
             entry = find_weights(architecture, tag or None)
             config = config.replace(**entry.overrides)
@@ -127,6 +130,19 @@ def create_model(
     if not isinstance(model, ImageModel):
         raise ConfigError(f"features_only: {type(model).__name__} has no feature maps; leave it out")
     return FeatureExtractor(model, out_indices)
+
+
+def _check_names(config: Any, overrides: Iterable[str]) -> None:
+    """Raises `ConfigError` for what is no field of the config, before anything is fetched for the others. It may be a
+    misspelt argument of `create_model` as well."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    for key in overrides:
+        if key not in fields:
+            arguments = inspect.signature(create_model).parameters.keys() - {"name", "config_overrides"}
+            raise ConfigError(
+                f"create_model has no argument and {type(config).__name__} no field {key!r:.80}"
+                f"{nearest(key, fields | arguments)}"
+            )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -136,9 +136,12 @@ def build_block(role: str, spec: str | Mapping[str, Any], *args: Any, **given: A
         raise ConfigError(f"{role} {kind!r} cannot be built with the options {options!r:.200} ({error})") from error
 
 
-def check_options(role: str, kind: str, options: Mapping[str, Any], given: Collection[str] = ()) -> None:
+def check_options(
+    role: str, kind: str, options: Mapping[str, Any], given: Collection[str] = (), shared: Collection[str] = ()
+) -> None:
     """Raises `ConfigError` if the block of this kind has no such option, annotates it with another type, or is `given`
-    it by the model."""
+    it by the model. Options in `shared` are allowed beside the block's own: a message that lists some names them too.
+    """
     takes = _options(find_block(role, kind))
     for key, value in options.items():
         if key in given or key in _GIVEN[role]:
@@ -146,7 +149,8 @@ def check_options(role: str, kind: str, options: Mapping[str, Any], given: Colle
         if takes is None:
             continue
         if key not in takes:
-            raise ConfigError(f"{role} {kind!r} has no option {key!r:.80}{nearest(key, takes)}")
+            allowed_keys = {*takes, *shared} - ({*given, *_GIVEN[role]} - {*shared})
+            raise ConfigError(f"{role} {kind!r} has no option {key!r:.80}{nearest(key, allowed_keys)}")
         if not _fits(value, takes[key]):
             allowed = inspect.formatannotation(takes[key])
             raise ConfigError(f"{role} {kind!r}, option {key!r}: found {value!r:.80}; allowed: {allowed}")

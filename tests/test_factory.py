@@ -103,6 +103,13 @@ def test_pretrained_where_no_weights_are_names_the_nearest_that_have_some():
     [
         ({"num_clases": 3}, "no field 'num_clases'; did you mean 'num_classes'"),
         ({"patch_embedd": "conv"}, "did you mean 'patch_embed'"),
+        ({"pretrainde": True}, "no argument and ViTConfig no field 'pretrainde'; did you mean 'pretrained'"),
+        ({"feature_only": True}, "did you mean 'features_only'"),
+        ({"checkpont": "x.safetensors"}, "did you mean 'checkpoint'"),
+        ({"patch_embed": {"remaindr": "drop"}}, "has no option 'remaindr'; did you mean 'remainder'"),
+        ({"patch_embed": {"x": 1}}, "has no option 'x'; allowed: 'bias', 'remainder', 'stride'$"),
+        ({"pos_embed": {"cover_prefix": False}}, "did you mean 'covers_prefix'"),
+        ({"pool": {"x": 1}}, "has no option 'x'; allowed: 'norm'$"),
         ({"patch_embed": "early_konv"}, r"ViTConfig\.patch_embed\.kind: .*did you mean 'early_conv'"),
         ({"num_classes": -1}, r"ViTConfig\.num_classes: found -1; allowed: an integer from 0 to"),
         ({"in_chans": 0}, r"ViTConfig\.in_chans: found 0"),

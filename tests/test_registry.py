@@ -177,6 +177,17 @@ def test_options_of_a_block_are_checked_against_its_annotations():
     assert patchlib.PatchNet(stages=[{"kind": "scale", "dim": 8, "by": 3, "sizes": [1, 2]}]).config.stages[0]["by"] == 3
 
 
+def test_the_options_of_a_stage_and_those_of_its_block_are_named_together():
+    for key, named in (
+        ("dept", "did you mean 'depth'"),
+        ("downsampel", "'downsample'"),
+        ("drop_pathh", "has no option"),
+    ):
+        with pytest.raises(ConfigError, match=named) as caught:
+            patchlib.PatchNet(stages=[{"kind": "convmixer", "dim": 8, key: 2}])
+        assert "'drop_path'" not in str(caught.value), "the model sets it"
+
+
 def test_options_of_built_in_names_mean_what_the_users_block_says():
     class Wide(nn.Module):
         def __init__(self, dim: int, ratio: float = 1.0, heads: str = "many"):
