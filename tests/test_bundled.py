@@ -71,6 +71,16 @@ def test_the_text_models_are_small():
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
+def test_what_the_text_models_cards_show_writes_a_text(name, capsys):
+    card = (BUNDLED / f"{name}.tiny_shakespeare" / "README.md").read_text()
+    torch.manual_seed(0)
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    text = capsys.readouterr().out
+    assert text.startswith("ROMEO:\n")
+    assert len(text) > 90
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_the_text_models_hold_their_card_and_beat_the_trigram(name, shared):
     model = patchlib.create_model(name, pretrained=True)
     tokenizer = load_tokenizer(find_weights(name, "tiny_shakespeare").bundled_folder)
