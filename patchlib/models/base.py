@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..config import BaseConfig
 from ..errors import ConfigError, InputError, UnknownNameError, nearest
-from ..layers.grid import Patches, grid_to_nchw
+from ..layers.grid import Patches, grid_to_nchw, pair
 from ..layers.head import Head
+from ..layers.patch_embed import PatchEmbed
 from ..layers.pos_embed import LearnedPE
 from ..layers.recompute import recompute
 from .features import FeatureInfo, take_indices
@@ -231,10 +232,10 @@ class ImageModel(Model):
             config = config.replace(patch_size=patch_size, patch_embed=options)
             patch_embed = deepcopy(patch_embed)
             patch_embed.resize(patch_size)
-        grid = patch_embed.grid_size(config.img_size)
+        self._check_size(config.img_size, patch_embed, self.reductions[-1] // self.patch_embed.stride[0])
         self.config, self.patch_embed = config, patch_embed
         if isinstance(positions := getattr(self, "pos_embed", None), LearnedPE):
-            positions.resize(grid)
+            positions.resize(patch_embed.grid_size(config.img_size))
         if img_size is not None:
             self.info = with_input_size(self.info, img_size)
 
@@ -263,6 +264,21 @@ class ImageModel(Model):
             for module in [*self.steps, self.norm, self.head][-self.frozen :]:
                 module.train(mode)
         return self
+
+    def _check_size(self, img_size: int | tuple[int, int], patch_embed: PatchEmbed, merged: int = 1) -> None:
+        """Raises `InputError` where images of the config's own size could not be run: patches do not cover them, or
+        `merged` patches along an axis, which the stages make one, are more than there are."""
+        with torch.device("meta"):  # the same cut, without its weights
+            cut = PatchEmbed(patch_embed.patch_size, 1, 1, stride=patch_embed.stride, remainder=patch_embed.remainder)
+            try:
+                rows, columns = cut(torch.empty(1, 1, *pair(img_size))).shape[1:3]
+            except InputError as error:
+                raise InputError(f"{type(self.config).__name__}.img_size: {error}") from error
+        if min(rows, columns) < merged:
+            raise InputError(
+                f"{type(self.config).__name__}.img_size: found {img_size}, which gives {rows} x {columns} patches; "
+                f"allowed: at least {merged} along each axis, which the stages merge into one"
+            )
 
     def _make_head(self) -> Head:
         return Head(self.num_features, self.config.num_classes, pool=self.config.pool, drop=self.config.drop)

@@ -66,6 +66,7 @@ class ConvMixer(ImageModel):
         self.config = config = ConvMixerConfig.of(config, overrides)
         patch_embed = {"remainder": "drop", **config.patch_embed}
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.dim, **patch_embed)
+        self._check_size(config.img_size, self.patch_embed)
         self.act = activation(config.act)
         self.stem_norm = nn.BatchNorm2d(config.dim)
         self.blocks = nn.ModuleList(

@@ -144,6 +144,7 @@ class ConvNeXt(ImageModel):
         dims = config.dims
         patch_embed = {"remainder": "drop", **config.patch_embed}
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dims[0], **patch_embed)
+        self._check_size(config.img_size, self.patch_embed, 2 ** (len(dims) - 1))
         self.stem_norm = build_block("norm", config.norm, dims[0])
         rates = iter(drop_path_schedule(config.drop_path, sum(config.depths)))
         self.stages = nn.ModuleList(

@@ -1,5 +1,6 @@
 """PatchNet: a model given as data. Any registered block may follow any other on the grid."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ class PatchNet(ImageModel):
         self.config = config = PatchNetConfig.of(config, overrides)
         dim = config.stages[0]["dim"]
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim, **config.patch_embed)
+        merged = math.prod(stage["downsample"] for stage in config.stages)
+        self._check_size(config.img_size, self.patch_embed, merged)
         self.pos_embed = None
         if config.pos_embed is not None:
             grid = self.patch_embed.grid_size(config.img_size)

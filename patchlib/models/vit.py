@@ -82,6 +82,11 @@ class ViTConfig(BaseConfig):
                 f"ViTConfig.heads: found {self.heads}; allowed: a divisor of dim={self.dim}, "
                 "or set attention={'head_dim': …}"
             )
+        if not isinstance(self.pool.get("norm", False), bool):
+            raise ConfigError(
+                f"ViTConfig.pool.norm: found {self.pool['norm']!r:.80}; allowed: true or false; "
+                "which norm it is says ViTConfig.norm"
+            )
         if self.pool["kind"] == "class" and not self.tokens["class"]:
             raise ConfigError(
                 "ViTConfig.pool: found 'class' without a class token; use pool='avg' or tokens={'class': 1}"
@@ -113,6 +118,7 @@ class ViT(ImageModel):
         super().__init__()
         self.config = config = ViTConfig.of(config, overrides)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.dim, **config.patch_embed)
+        self._check_size(config.img_size, self.patch_embed)
         self.cls_token = self._make_tokens("class")
         self.dist_token = self._make_tokens("distill")
         self.reg_token = self._make_tokens("register")

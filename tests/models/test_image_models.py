@@ -390,6 +390,41 @@ def test_set_input_size_resizes_positions_and_kernels(kind):
     assert model.patch_embed.patch_size == (8, 8)
 
 
+def test_a_config_whose_own_images_do_not_run_is_refused(monkeypatch):
+    monkeypatch.setattr(patchlib.registry, "_user_models", {})
+    merging = [{**_STAGES[0], "downsample": 2}, {**_STAGES[1], "downsample": 4}]
+    cases = [
+        ("learned", {"img_size": 18}, "ViTConfig.img_size: image height 18: not covered exactly"),
+        ("rotary", {"img_size": (16, 2)}, "image width 2: smaller than one patch"),
+        ("rezero", {"img_size": 1}, "ConvMixerConfig.img_size: image height 1"),
+        ("patchnet", {"stages": merging}, "PatchNetConfig.img_size: found 16, which gives 4 x 4 .* at least 8"),
+    ]
+    for kind, options, named in cases:
+        with pytest.raises(InputError, match=named):
+            tiny(kind, **options)
+    tiny("patchnet", stages=merging, img_size=32)
+    tiny("learned", img_size=18, patch_embed={"remainder": "pad"})
+    with pytest.raises(InputError, match="allowed: at least 4 along"):
+        patchlib.ConvNeXt(depths=(1, 1, 1), dims=(4, 4, 4), img_size=(64, 12))
+    patchlib.register_model("uncovered", ViT, ViT.Config(**{**_VIT, "img_size": 18}))
+    with pytest.raises(InputError, match=r"uncovered: ViTConfig\.img_size"):
+        patchlib.create_model("uncovered")
+
+
+@pytest.mark.parametrize("kind", ["learned", "patchnet"])
+def test_an_input_size_that_does_not_run_changes_nothing(kind):
+    model = tiny(kind)
+    model.info = {"preprocessing": {"input_size": [3, 16, 16]}}
+    config, info, state = model.config, copy.deepcopy(model.info), copy.deepcopy(model.state_dict())
+    for options in ({"img_size": 18}, {"img_size": (16, 6)}, {"patch_size": 5}, {"img_size": 8, "patch_size": 3}):
+        with pytest.raises(InputError, match=r"img_size: image (height|width)"):
+            model.set_input_size(**options)
+        assert model.config is config
+        assert model.info == info
+        assert model.patch_embed.patch_size == (4, 4)
+        assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
 def test_a_stride_as_large_as_the_patch_follows_it():
     model = tiny("learned", patch_embed={"kind": "conv", "stride": 4})
     model.set_input_size(patch_size=8)

@@ -370,6 +370,7 @@ def test_a_config_is_frozen():
         ({"mlp": 4}, "ViTConfig.mlp: found 4"),
         ({"mlp": {"kind": ["gelu"]}}, "ViTConfig.mlp: found"),
         ({"norm": None}, "ViTConfig.norm: found None"),
+        ({"pool": {"kind": "avg", "norm": "rms"}}, "ViTConfig.pool.norm: found .*rms.*; allowed: true or false"),
     ],
 )
 def test_impossible_configs_are_refused(overrides, message):
