@@ -9,69 +9,77 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..ops.plain import transformed
 
 
 def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """``function(x, *args)`` that keeps no inner activations: the backward pass computes them again from `x` (Chen et
-    al. 2016, https://arxiv.org/abs/1604.06174), which it keeps unless `x` is `cheap`. Batch norms count the batch
-    once, not twice.
+    al. 2016, https://arxiv.org/abs/1604.06174). In place of an `x` that `remade` gave, it keeps what that was made
+    from. Batch norms count the batch once, not twice.
+
+    Until the backward pass, parameters, buffers and training mode have to stay as they are: the second run reads them
+    where they stand, so `torch.func.functional_call` does not reach it. Where a function is traced, exported, or
+    transformed by `torch.func`, it just runs.
 
     Args:
         function: a module, or a method of one.
-        x: its input.
+        x: its input, of any shape.
         args: further arguments.
+
+    Returns:
+        what the function returns.
     """
-    if torch.compiler.is_compiling():  # a compiler's second run writes no buffers
+    if transformed():
+        return function(x, *args)
+    if torch.compiler.is_compiling():  # what the compiler traces twice, it runs without the second run's side effects
         return checkpoint(function, x, *args, use_reentrant=False)
     module: Any = getattr(function, "__self__", function)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), _Untouched(module)
 
-    recipe = _RECIPES.get(x)
+    recipe: _Recipe | None = getattr(x, "_recipe", None)
     if recipe is None or recipe.version != x._version:  # written to since
         return checkpoint(function, x, *args, use_reentrant=False, context_fn=contexts)
-    ready, differentiable, make = [x], x.requires_grad, recipe.make
+    first = [x]
 
-    def run(source: Tensor, *args: Any) -> Tensor:
-        made = ready.pop() if ready else make(source).requires_grad_(differentiable)
-        return function(made, *args)
+    def run(_: Tensor, *args: Any) -> Tensor:
+        return function(first.pop() if first else recipe.again(), *args)
 
     return checkpoint(run, recipe.source, *args, use_reentrant=False, context_fn=contexts)
 
 
-def cheap(function: Callable[[Tensor], Tensor], x: Tensor, *, keep: bool = True) -> Tensor:
-    """``function(x)``, a result worth no memory: a `recompute` that takes it keeps `x` in its place, and computes it
-    again when it needs it.
+def remade(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``recompute(function, x)``, for a function so cheap that its result is worth no memory either: a `recompute` that
+    takes the result keeps `x` in its place.
 
     Args:
         function: a module, or a method of one, without randomness.
-        x: its input.
-        keep: whether inner activations are kept; if not, `recompute` runs the function.
+        x: its input, of any shape.
     """
-    result = function(x) if keep else recompute(function, x)
-    if torch.compiler.is_compiling():
-        return result
-    module: Any = getattr(function, "__self__", function)
-
-    def make(source: Tensor) -> Tensor:
-        with torch.no_grad(), _Untouched(module):
-            return function(source)
-
-    _RECIPES[result] = _Recipe(make, x, result._version)
+    result = recompute(function, x)
+    if result.requires_grad and not transformed() and not torch.compiler.is_compiling():
+        _Recipe(function, x, result._version).note_on(result)
     return result
 
 
 class _Recipe(NamedTuple):
-    """How a tensor is made again: ``make(source)``, as long as its version is the one noted."""
+    """How a tensor is made again, noted on the tensor, and valid for the version that it had then."""
 
-    make: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor]
     source: Tensor
     version: int
 
+    def note_on(self, result: Tensor) -> None:
+        result._recipe = self  # type: ignore[attr-defined]
 
-_RECIPES = WeakTensorKeyDictionary()
+    def again(self) -> Tensor:
+        module: Any = getattr(self.function, "__self__", self.function)
+        with torch.no_grad(), _Untouched(module):
+            result = self.function(self.source).requires_grad_()
+        self._replace(version=result._version).note_on(result)  # for a `recompute` inside of the one that asks
+        return result
 
 
 class _Untouched:

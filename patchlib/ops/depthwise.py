@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import InputError, require
-from .plain import differentiates, plain
+from .plain import is_batch, needs_graph, plain, transformed
 
 Size = int | Sequence[int]
 
@@ -57,7 +57,7 @@ BATCH = Route(input_grad="flip", weight_grad="batch")
 TRITON = Route("triton", "triton", "triton")
 
 # The first rule that fits decides; where none does, torch computes everything. Measured with torch 2.13 on 2 cores of
-# an AMD EPYC (Zen 5, AVX-512, about 170 GFLOP/s in float32 matrix products), channels_last, by what is now
+# an AMD EPYC (Zen 5, AVX-512, about 170 GFLOP/s in float32 matrix products), channels_last, by
 # `python -m benchmarks.depthwise`. Rates in GFLOP/s, torch's own -> ours:
 #
 #   batch x channels, side, kernel    float32: forward, input, weight gradient    bfloat16
@@ -118,7 +118,7 @@ def depthwise_conv2d(
         padding: zeros at each side, down and across; or ``"same"``, which keeps height and width and puts an even
             kernel's odd zero at the bottom and right.
         dilation: distance between the taps of a kernel, down and across.
-        route: who computes what; by default `RULES` decide.
+        route: who computes what; by default `RULES` decide. Strides and dilations are always torch's.
 
     Returns:
         ``(batch, channels, new height, new width)``.
@@ -140,6 +140,8 @@ def depthwise_conv2d(
     if route is None:
         asked = differentiates or (x.device.type, _dtype(x)) in _OTHER_FORWARDS
         route = choose_route(x, weight, stride, pads, dilation) if asked else TORCH
+    elif (stride, dilation) != ((1, 1), (1, 1)):
+        route = TORCH
 
     if route.forward == "float32":
         wide = x.float(), weight.float(), None if bias is None else bias.float()
@@ -156,7 +158,7 @@ def depthwise_conv2d(
 def choose_route(x: Tensor, weight: Tensor, stride: Size = 1, padding: Size = 0, dilation: Size = 1) -> Route:
     """The route that `RULES` give a convolution. It is torch's own for strides and dilations, for export, and wherever
     gradients may be asked for in a way that only torch's are written for: `torch.func`, forward mode, subclasses."""
-    if torch.compiler.is_exporting():  # first: a rule's limits would bind a dynamic batch
+    if transformed():  # first: a rule's limits would bind an exported dynamic batch
         return TORCH
     device, dtype, kernel, elements = x.device.type, _dtype(x), weight.shape[2:], x.numel()
     if all(device != rule.device for rule in RULES) or device != weight.device.type or elements == 0:
@@ -190,10 +192,10 @@ def depthwise_input_grad(grad: Tensor, weight: Tensor, padding: Size, *, route: 
     way = (choose_route(grad, weight, 1, pads) if route is None else route).input_grad
     back = [k - 1 - p for k, p in zip(kernel, pads, strict=True)]
     if way == "torch" or min(back) < 0:
-        size = [grad.shape[2 + i] - back[i] + pads[i] for i in (0, 1)]
+        size = [grad.shape[2 + i] + back[i] - pads[i] for i in (0, 1)]
         x = grad.new_empty((grad.shape[0], channels, *size)).to(memory_format=_format(grad))
         return _torch_backward(grad, x, weight, pads, (True, False))[0]
-    if way == "triton" and not differentiates(grad, weight):
+    if way == "triton" and not needs_graph(grad, weight):
         return _conv2d(grad, weight.flip(2, 3), None, back)
     return F.conv2d(grad, weight.flip(2, 3), None, 1, back, 1, channels)
 
@@ -216,7 +218,7 @@ def depthwise_weight_grad(
     kernel, pads = _pair("kernel_size", kernel_size), _pair("padding", padding)
     weight = x.new_empty((x.shape[1], 1, *kernel))
     way = (choose_route(x, weight, 1, pads) if route is None else route).weight_grad
-    if way == "torch" or differentiates(grad, x):
+    if way == "torch" or needs_graph(grad, x):
         return _torch_backward(grad, x, weight, pads, (False, True))[1]
     if way == "batch" and not torch.compiler.is_compiling():
         return _batch_weight_grad(grad, x, kernel, pads)
@@ -266,7 +268,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     route = Route("torch", *ways) if ways else TRITON
     into_x = into_weight = into_bias = None
     with torch.autocast(grad.device.type, enabled=False):
-        grad = grad.contiguous(memory_format=ctx.format)
+        if not is_batch(grad):
+            grad = grad.contiguous(memory_format=ctx.format)
         if ctx.needs_input_grad[0]:
             into_x = depthwise_input_grad(grad, weight, pads, route=route)
         if ctx.needs_input_grad[1]:
@@ -438,5 +441,5 @@ def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    last = not is_batch(x) and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plain import plain
+from .plain import needs_graph, plain
 
 
 def global_response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -70,10 +70,12 @@ class _GRN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, total = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will itself be differentiated
+        if needs_graph(grad, x, weight, bias):
             wanted = [t for t in (x, weight, bias) if t.requires_grad]
-            y = global_response_norm_reference(x, weight, bias, ctx.eps)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                y = global_response_norm_reference(x, weight, bias, ctx.eps)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
             return *(next(found) if t.requires_grad else None for t in (x, weight, bias)), None
         norm = _norm(total, ctx.eps)
         inverse = 1 / (norm.mean(dim=-1, keepdim=True) + ctx.eps)

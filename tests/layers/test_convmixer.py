@@ -129,3 +129,15 @@ def test_impossible_options_are_refused():
         ConvMixerBlock(DIM, act="tanh")
     with pytest.raises(ConfigError, match="did you mean 'kernel_size'"):
         PatchNet(stages=[{"kind": "convmixer", "dim": DIM, "kernel": 3}])
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+def test_hooks_see_what_modules_gave(act):
+    """And full backward hooks, which refuse outputs that are written to, run."""
+    block, seen, passed = ConvMixerBlock(8, 3, act=act), [], []
+    for module in block.modules():
+        module.register_forward_hook(lambda _m, _i, output: seen.append((output, output.detach().clone())))
+        module.register_full_backward_hook(lambda module, *_: passed.append(module))
+    block(torch.randn(2, 4, 4, 8, requires_grad=True)).sum().backward()
+    assert all(torch.equal(kept, then) for kept, then in seen)
+    assert set(passed) == set(block.modules())

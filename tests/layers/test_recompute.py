@@ -109,6 +109,39 @@ def test_blocks_that_follow_each_other_make_their_inputs_again(between):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("block", [ConvMixerBlock, ConvNeXtBlock])
+def test_a_recompute_around_memory_efficient_blocks(block):
+    plain = nn.ModuleList(block(8, 5, drop_path=0.3) for _ in range(3))
+    saving = nn.ModuleList(block(8, 5, drop_path=0.3, memory_efficient=True) for _ in range(3))
+    saving.load_state_dict(plain.state_dict())
+    x, gradients = torch.randn(4, 6, 6, 8), []
+    for blocks, call in ((plain, nn.Module.__call__), (saving, recompute)):
+        torch.manual_seed(0)
+        entry = y = x.clone().requires_grad_()
+        for one in blocks:
+            y = call(one, y)
+        y.sin().sum().backward()
+        gradients.append([entry.grad, *(p.grad for p in blocks.parameters())])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("block", [ConvMixerBlock, ConvNeXtBlock])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda block, x: torch.jit.trace(block, (x,))(x),
+        lambda block, x: torch.export.export(block, (x,), strict=True).module()(x),
+        lambda block, x: torch.func.vjp(block, x)[0],
+    ],
+)
+def test_memory_efficient_blocks_where_python_is_not_run_again(block, way):
+    block, x = block(8, 5, memory_efficient=True).eval(), torch.randn(2, 6, 6, 8)
+    assert torch.allclose(way(block, x), block(x), atol=1e-6)
+
+
 def test_frozen_blocks_before_trained_ones():
     plain, saving = pairs().train(), pairs(memory_efficient=True).train()
     saving.load_state_dict(plain.state_dict())

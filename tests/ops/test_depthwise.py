@@ -119,15 +119,16 @@ def test_borders_too_wide_for_the_direct_kernel():
     assert max(relative(a, b) for a, b in zip(ours, want, strict=True)) < 1e-5
 
 
-def test_pieces_equal_autograd():
+@pytest.mark.parametrize("padding", [(1, 2), (0, 0), (2, 3)])
+def test_pieces_equal_autograd(padding):
     x, weight, _ = made(3, 16, 9, 8, kernel=(3, 5))
-    y = ops.depthwise_conv2d_reference(x, weight, None, 1, (1, 2))
+    y = ops.depthwise_conv2d_reference(x, weight, None, 1, padding)
     grad = torch.randn_like(y)
     into_x, into_weight = torch.autograd.grad(y, (x, weight), grad)
     for route in (ops.TORCH, FLIP, ops.BATCH, None):
         with torch.no_grad():
-            assert relative(ops.depthwise_input_grad(grad, weight, (1, 2), route=route), into_x) < 1e-5
-            assert relative(ops.depthwise_weight_grad(grad, x, (3, 5), (1, 2), route=route), into_weight) < 1e-5
+            assert relative(ops.depthwise_input_grad(grad, weight, padding, route=route), into_x) < 1e-5
+            assert relative(ops.depthwise_weight_grad(grad, x, (3, 5), padding, route=route), into_weight) < 1e-5
 
 
 def test_gelu_affine_is_its_equation():
@@ -249,6 +250,25 @@ def test_forward_mode():
         y = ops.depthwise_conv2d(forward_ad.make_dual(x, x), weight, bias)
         tangent = forward_ad.unpack_dual(y).tangent
     torch.testing.assert_close(tangent, ops.depthwise_conv2d_reference(x, weight))
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("route", [None, ops.TORCH, ops.BATCH])
+def test_batched_gradients(route, last):
+    inputs = made(4, 32, 16, 16, last=last)
+    y = ops.depthwise_conv2d(*inputs, route=route)
+    grads = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for a, b in zip(found, torch.autograd.grad(y, inputs, grad, retain_graph=True), strict=True):
+            assert relative(a[i], b) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [{"stride": 2, "padding": 2}, {"dilation": 2}])
+def test_a_route_for_strides_and_dilations_is_torchs(steps):
+    inputs = made(4, 32, 16, 16)
+    found = ops.depthwise_conv2d(*inputs, route=ops.BATCH, **steps)
+    assert torch.equal(found, ops.depthwise_conv2d_reference(*inputs, **steps))
 
 
 def test_gradient_penalty():

@@ -73,3 +73,15 @@ def test_function_transforms(transform):
 def test_compiles_to_one_graph():
     compiled = torch.compile(global_response_norm, fullgraph=True, backend="aot_eager")
     close(compiled, global_response_norm_reference, drawn(2, 3, 4))
+
+
+def test_batched_gradients():
+    inputs = drawn(2, 3, 4)
+    torch.autograd.gradcheck(global_response_norm, inputs, check_batched_grad=True)
+
+
+def test_traces():
+    x, weight, bias = drawn(2, 3, 4)
+    traced = torch.jit.trace(global_response_norm, (x, weight, bias))
+    assert torch.equal(traced(x, weight, bias), global_response_norm(x, weight, bias))
+    assert "PythonOp" not in str(traced.graph)
