@@ -24,6 +24,7 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 # plain model's logits differ from their mean over the classes. Measured, mostly with random weights: 1e-6 in float32
 # (where only the order of additions changes), 0.002 to 0.012 in bfloat16, 0.04 with int8.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.15}
+_HALF = (torch.bfloat16, torch.float16)
 
 # torch counts recompilations for all models of a process together, and gives up at the eighth; newer ones need not
 _ALONE = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
@@ -45,9 +46,9 @@ def optimize(
     """A faster copy of a model, for inference; the given one stays as it is.
 
     The copy is of the same class, in evaluation mode, channels_last, and its parameters take no gradients. Its
-    `forward` takes what the model's does (images in float32) and returns float32. It runs once, on `sample`: there it
-    is compiled, and its answer is compared with the plain model's. Save the model itself, not this copy:
-    folded norms fit no checkpoint.
+    `forward` takes what the model's does (images in float32) and returns float32; with ``dtype=None`` its dtypes are
+    the model's. It runs once, on `sample`: there it is compiled, and its answer is compared with the plain model's.
+    Save the model itself, not this copy: folded norms fit no checkpoint. Hooks on what is folded are not copied.
 
     Args:
         model: a model of images or of language.
@@ -67,7 +68,8 @@ def optimize(
 
     Raises:
         OptimizationError: the answers differ by more than `TOLERANCES` allow, or torch cannot compile the model here.
-        InputError: an argument is not one of those above, or there is nothing to quantise.
+        InputError: an argument is not one of those above, there is nothing to quantise, or the model is one that
+            `optimize` has returned.
         MissingExtraError: torchao is not installed.
     """
     if not isinstance(model, (ImageModel, LanguageModel)):
@@ -76,6 +78,12 @@ def optimize(
         raise InputError(f"dtype: found {dtype!r}; allowed: 'bf16', None")
     if quantize not in ("int8", None):
         raise InputError(f"quantize: found {quantize!r}; allowed: 'int8', None")
+    if any(isinstance(module, (Affine, FusedConvMixerBlock)) for module in model.modules()):
+        raise InputError("model: found one whose norms are folded already; give the model that it was made from")
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise InputError("model: found one on the meta device; allowed: one with weights, to compare answers with")
+    if sample is not None and not (isinstance(sample, Tensor) and sample.numel()):
+        raise InputError(f"sample: found {type(sample).__name__}; allowed: a tensor of at least one image or text")
     optimized: Any = deepcopy(model).eval().requires_grad_(False)
     sample = _sample(model) if sample is None else sample
     with torch.no_grad():
@@ -90,7 +98,7 @@ def optimize(
         if compile:
             optimized.compile(fullgraph=True, **_ALONE)
         found = _run(optimized, sample, compile)
-    _compare(found, expected, quantize or dtype or "fp32")
+    _compare(found, expected, quantize or dtype or ("bf16" if next(model.parameters()).dtype in _HALF else "fp32"))
     return optimized
 
 

@@ -239,3 +239,26 @@ def test_on_photographs_the_classes_stay(shared):
         with torch.no_grad():
             same += int((optimized(x).argmax(1) == model(x).argmax(1)).sum())
     assert same >= 0.99 * len(files)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_compared_as_one(dtype):
+    model = make("convmixer").to(dtype)
+    sample = inputs(model).to(dtype)
+    optimized = patchlib.optimize(model, dtype=None, compile=False, sample=sample)
+    found, plain = optimized(sample), model.eval()(sample)
+    assert found.dtype == dtype
+    assert 1e-4 < (found - plain).std() / plain.std() < TOLERANCES["bf16"]  # more than float32 is allowed
+
+
+@pytest.mark.parametrize("options", [{"sample": [1]}, {"sample": torch.zeros(0, 3, 32, 32)}])
+def test_a_sample_that_is_none(options):
+    with pytest.raises(InputError, match="sample: found"):
+        patchlib.optimize(make("convmixer"), compile=False, **options)
+
+
+def test_models_without_weights_or_optimised_already():
+    with pytest.raises(InputError, match="meta device"):
+        patchlib.optimize(make("convnextv2").to("meta"), compile=False)
+    with pytest.raises(InputError, match="folded already"):
+        patchlib.optimize(patchlib.optimize(make("convmixer"), compile=False), compile=False)
