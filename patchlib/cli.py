@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import ConfigError, InputError, PatchlibError, UnknownNameError, WeightsError, nearest, require
+from .weights.catalog import SOURCES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .weights.verify import Check, Reference
 
 _BATCH = 16  # images at once; more are no faster on a CPU, and take memory
-_SOURCES = ("hf-hub:", "local-dir:")
 _COMPANIONS = ("tokenizer.json", "vocab.json", "merges.txt")  # what language models need beside their weights
 
 
@@ -106,7 +106,7 @@ def _info(args: argparse.Namespace) -> int:
 
     from .factory import model_info
 
-    if args.name.startswith(_SOURCES):
+    if args.name.startswith(SOURCES):
         raise InputError(f"info: found {args.name!r}; allowed: a registered name, as `patchlib list` shows them")
     info = model_info(args.name)
     if args.json:
@@ -320,7 +320,7 @@ def _source(text: str) -> str:
     """
     from .registry import model_names
 
-    if text.startswith(_SOURCES) or text.partition(".")[0] in model_names():
+    if text.startswith(SOURCES) or text.partition(".")[0] in model_names():
         return text
     path = Path(text).expanduser()
     if path.is_dir():

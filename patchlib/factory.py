@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConfigError, PatchlibError, WeightsError, nearest
+from .errors import ConfigError, PatchlibError, UnknownNameError, WeightsError, nearest
 from .models.base import ImageModel, Model
 from .models.features import FeatureExtractor
 from .registry import family_of, find_model, model_names
-from .weights.catalog import Weights, find_weights, weights_of
-from .weights.load import FLOATS, Checkpoint, fill, number_of_classes, read_checkpoint, unwrapped
+from .weights.catalog import SOURCES, Weights, find_weights, weights_of
+from .weights.load import FLOATS, Checkpoint, fill, info_for, number_of_classes, read_checkpoint, unwrapped
 
 log = logging.getLogger("patchlib")
 
 MAX_PARAMETERS = 40_000_000_000  # the largest ViT that a paper reports has 22 billion
-_SOURCES = ("hf-hub:", "local-dir:")
 # Fields in which a model may differ from its weights and still give the same answers, or is adapted to them.
 _FREE = ("img_size", "patch_size", "in_chans", "num_classes", "drop", "drop_path")
 
@@ -85,44 +84,48 @@ def create_model(
     overrides = {**config_overrides, **{key: value for key, value in given.items() if value is not None}}
     options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     place = _device(device)
+    if pretrained is False and checkpoint is not None:
+        raise ConfigError(f"pretrained: found False beside checkpoint={str(checkpoint)!r:.200}; leave one of them out")
+    if out_indices is not None and not features_only:
+        raise ConfigError(f"out_indices: found {out_indices!r:.80} without features_only=True; add it, or leave it out")
     if dtype not in (None, "file", *FLOATS):
         raise ConfigError(f"dtype: found {dtype!r}; allowed: None, 'file', {', '.join(map(str, FLOATS))}")
 
     loaded: Checkpoint | None = None
-    random = pretrained is False or place.type == "meta"
-    if str(name).startswith(_SOURCES):
-        loaded = read_checkpoint(name, config_only=random or checkpoint is not None, **options)  # type: ignore[arg-type]
+    shapes_only = place.type == "meta"
+    if str(name).startswith(SOURCES):
+        config_only = pretrained is False or shapes_only or checkpoint is not None
+        loaded = read_checkpoint(name, config_only=config_only, **options)  # type: ignore[arg-type]
         model_class, config = loaded.model_class, loaded.config
         _check_names(config, config_overrides)
         if pretrained is False:
             loaded = None
     else:
         architecture, _, tag = str(name).partition(".")
-        model_class, config = find_model(architecture)
+        model_class, config = _find_model(name, architecture)
         _check_names(config, config_overrides)
         if tag or (pretrained and checkpoint is None):
             entry = find_weights(architecture, tag or None)
             config = config.replace(**entry.overrides)
-            if pretrained and checkpoint is None and not random:
-                loaded = _from_catalog(entry, model_class, config, options)
+            if pretrained and checkpoint is None:
+                loaded = _from_catalog(entry, model_class, config, options, config_only=shapes_only)
                 config = loaded.config
     if checkpoint is not None:
         loaded = read_checkpoint(checkpoint, allow_pickle=allow_pickle, **options)  # type: ignore[arg-type]
         _compare(loaded, model_class, config.replace(**overrides), overrides)
 
     config = config.replace(**overrides)
-    if loaded is None or place.type == "meta":
-        if place.type != "meta" and (overrides or str(name).startswith(_SOURCES)):
+    if loaded is None or shapes_only:
+        if not shapes_only and (overrides or str(name).startswith(SOURCES)):
             _refuse_giants(str(name), model_class, config)
         model = _build(str(name), model_class, config, place)
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
+        if loaded is not None:
+            model.info = info_for(model, loaded, _needs_head(model, loaded, num_classes))
     else:
         model = _build(str(name), model_class, config, torch.device("meta"))
-        if loaded.config is None:
-            new_head = num_classes is not None and number_of_classes(model, loaded) != num_classes
-        else:
-            new_head = getattr(loaded.config, "num_classes", None) != getattr(config, "num_classes", None)
+        new_head = _needs_head(model, loaded, num_classes)
         fill(model, loaded, new_head=new_head, dtype=dtype, check_finite=check_finite)
         model.to(place).eval()
     if not features_only:
@@ -147,9 +150,34 @@ def _check_names(config: Any, overrides: Iterable[str]) -> None:
 
 def _device(device: torch.device | str | None) -> torch.device:
     try:
-        return torch.get_default_device() if device is None else torch.device(device)
+        place = torch.get_default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device: found {device!r}; allowed: a torch.device or its name ({error})") from error
+    try:
+        torch.empty(0, device=place)
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:  # each backend has its own kind
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device: found {str(place)!r}, which cannot be used here ({reason}); allowed: 'cpu', 'meta', or a device "
+            "that this machine and this torch have"
+        ) from error
+    return place
+
+
+def _find_model(name: str, architecture: str) -> tuple[Any, Any]:
+    """The class and the config behind a registered name; an error says how to name a folder or a file."""
+    try:
+        return find_model(architecture)
+    except UnknownNameError as error:
+        path = str(name)
+        if os.path.isdir(path):
+            raise UnknownNameError(f"{name} is a folder, not a registered name: write 'local-dir:{path}'") from error
+        if os.path.isfile(path):
+            raise UnknownNameError(
+                f"{name} is a file, which does not say what model it is for: write "
+                f"create_model(registered name, checkpoint={path!r})"
+            ) from error
+        raise
 
 
 def _build(name: str, model_class: Any, config: Any, device: torch.device) -> Any:
@@ -172,6 +200,13 @@ def _refuse_giants(name: str, model_class: Any, config: Any) -> None:
             f"{name}: its config makes {total:,} parameters, {sizes[largest]:,} of them in {largest}; "
             f"allowed: at most {MAX_PARAMETERS:,}; choose smaller sizes"
         )
+
+
+def _needs_head(model: Model, loaded: Checkpoint, num_classes: int | None) -> bool:
+    """Whether the weights' classifier is not the model's. Of a bare file that is so only if `num_classes` is named."""
+    if loaded.config is None:
+        return num_classes is not None and number_of_classes(model, loaded) != num_classes
+    return getattr(loaded.config, "num_classes", None) != getattr(model.config, "num_classes", None)
 
 
 def _compare(loaded: Checkpoint, model_class: Any, config: Any, named: Iterable[str] = ()) -> None:
@@ -240,21 +275,24 @@ def load_pretrained(
     return model
 
 
-def _from_catalog(entry: Weights, model_class: Any, config: Any, options: dict[str, Any]) -> Checkpoint:
+def _from_catalog(
+    entry: Weights, model_class: Any, config: Any, options: dict[str, Any], config_only: bool = False
+) -> Checkpoint:
     """The weights of a catalogue entry; only the file is fetched, since the catalogue knows the rest."""
     from .weights.files import read_tensors
     from .weights.hub import HubRepo
 
     if entry.bundled_folder is not None:
-        loaded = read_checkpoint(entry.bundled_folder)
+        loaded = read_checkpoint(entry.bundled_folder, config_only=config_only)
         loaded.source = entry.full_name
         loaded.info.setdefault("source", entry.full_name)
         return loaded
-    repo = HubRepo.parse(entry.source.removeprefix("hf-hub:"), **options)
-    path = repo.file("model.safetensors", sha256=entry.sha256)
-    assert path is not None
+    tensors: dict[str, torch.Tensor] = {}
+    if not config_only:
+        repo = HubRepo.parse(entry.source.removeprefix("hf-hub:"), **options)
+        tensors = read_tensors(repo.file("model.safetensors", sha256=entry.sha256))
     info = {**entry.info, "license": entry.license, "source": entry.source}
-    return Checkpoint(entry.full_name, read_tensors(path), entry.format, model_class, config, info)
+    return Checkpoint(entry.full_name, tensors, entry.format, model_class, config, info)
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False, family: str | None = None) -> list[str]:
@@ -309,6 +347,8 @@ def model_info(name: str) -> ModelInfo:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from .layers.convmixer import Pointwise
+
     architecture = name.partition(".")[0]
     find_model(architecture)  # a source, such as hf-hub:…, has no registered facts and is refused here
     with torch.device("meta"):
@@ -326,7 +366,8 @@ def model_info(name: str) -> ModelInfo:
             nonlocal activations
             activations += output.numel()
 
-        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        layers = nn.Linear, nn.Conv2d, Pointwise
+        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, layers)]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(inputs)
         for hook in hooks:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,9 @@ def test_pretrained_where_no_weights_are_names_the_nearest_that_have_some():
         ({"patch_embed": "early_conv", "patch_size": 12}, r"vit_16_linear: early_conv: found patch_size"),
         ({"dtype": "float16"}, r"dtype: found 'float16'; allowed: None, 'file', torch\.float64"),
         ({"dtype": torch.int8}, r"dtype: found torch\.int8"),
+        ({"pretrained": False, "checkpoint": "x"}, r"pretrained: found False beside checkpoint='x'"),
+        ({"out_indices": [0]}, r"out_indices: found \[0\] without features_only=True"),
+        ({"device": "vulkan"}, r"device: found 'vulkan', which cannot be used here .*; allowed: 'cpu'"),
         ({"device": "cud"}, r"device: found 'cud'; allowed: a torch\.device"),
     ],
 )
@@ -185,6 +189,21 @@ def test_files_that_are_none(source):
         patchlib.load_pretrained(patchlib.ConvMixer(dim=8, depth=1), source)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_where_a_name_is_expected_says_how_to_write_it(kind, folder):
+    with pytest.raises(patchlib.UnknownNameError, match=f"is a folder, .*: write 'local-dir:{folder}'"):
+        patchlib.create_model(kind(folder))
+    with pytest.raises(patchlib.UnknownNameError, match=r"is a file, .*checkpoint='.*model\.safetensors'"):
+        patchlib.create_model(kind(folder / "model.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where a device is missing")
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_device_that_is_not_there_is_named(pretrained):
+    with pytest.raises(patchlib.ConfigError, match=r"device: found 'cuda', which cannot be used here"):
+        patchlib.create_model("convmixer_16", pretrained=pretrained, device="cuda")
+
+
 @pytest.mark.parametrize("source", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a/b@..", "hf-hub:a b"])
 def test_malformed_repositories_are_refused_before_any_request(source):
     with pytest.raises(patchlib.InputError, match=r"repository|revision"):
@@ -231,6 +250,16 @@ def test_weights_are_not_fetched_for_shapes_alone():
     model = patchlib.create_model("vit_base_patch16_224.augreg_in21k", pretrained=True, device="meta")
     assert model.head.fc.weight.is_meta
     assert model.num_classes == 21_843
+    assert model.info["source"] == "hf-hub:timm/vit_base_patch16_224.augreg_in21k"
+    assert patchlib.preprocess(model).mean == (0.5, 0.5, 0.5)
+
+
+def test_shapes_alone_come_with_what_is_known_of_the_weights(folder):
+    for name in ("convmixer_16", f"local-dir:{folder}"):
+        for options in ({}, {"num_classes": 3}, {"img_size": 32}):
+            shapes = patchlib.create_model(name, pretrained=True, device="meta", **options)
+            assert shapes.info == patchlib.create_model(name, pretrained=True, **options).info != {}
+    assert patchlib.create_model("convmixer_16", device="meta").info == {}
 
 
 def test_torchs_default_device_counts_unless_one_is_named(folder):

@@ -268,12 +268,11 @@ class ImageModel(Model):
     def _check_size(self, img_size: int | tuple[int, int], patch_embed: PatchEmbed, merged: int = 1) -> None:
         """Raises `InputError` where images of the config's own size could not be run: patches do not cover them, or
         `merged` patches along an axis, which the stages make one, are more than there are."""
-        with torch.device("meta"):  # the same cut, without its weights
-            cut = PatchEmbed(patch_embed.patch_size, 1, 1, stride=patch_embed.stride, remainder=patch_embed.remainder)
-            try:
-                rows, columns = cut(torch.empty(1, 1, *pair(img_size))).shape[1:3]
-            except InputError as error:
-                raise InputError(f"{type(self.config).__name__}.img_size: {error}") from error
+        try:
+            patch_embed._fit(torch.empty(0, 1, *pair(img_size), device="cpu"))  # no images, which take no memory
+            rows, columns = patch_embed.grid_size(img_size)
+        except InputError as error:
+            raise InputError(f"{type(self.config).__name__}.img_size: {error}") from error
         if min(rows, columns) < merged:
             raise InputError(
                 f"{type(self.config).__name__}.img_size: found {img_size}, which gives {rows} x {columns} patches; "

@@ -1,6 +1,7 @@
 """Feature maps of a model's single steps."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,29 +13,48 @@ if TYPE_CHECKING:
 
 
 class FeatureInfo(list):
-    """A list of ``{"num_chs", "reduction", "module"}``, one entry a feature map, with timm's accessors."""
+    """A list of ``{"num_chs", "reduction", "module"}``, one entry a feature map, with timm's accessors.
 
-    def channels(self) -> list[int]:
-        return [entry["num_chs"] for entry in self]
+    Each gives what all entries say; with ``idx``, what one entry of the list says, or a list of them.
+    """
 
-    def reduction(self) -> list[int]:
-        return [entry["reduction"] for entry in self]
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self._map(lambda entry: entry["num_chs"], idx)
 
-    def module_name(self) -> list[str]:
-        return [entry["module"] for entry in self]
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self._map(lambda entry: entry["reduction"], idx)
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        return self._map(lambda entry: entry["module"], idx)
+
+    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
+        """The entries themselves, or of each only these keys."""
+        return self._map(lambda entry: {key: entry[key] for key in (entry if keys is None else keys)}, idx)
+
+    def _map(self, get: Callable[[dict[str, Any]], Any], idx: int | Sequence[int] | None) -> Any:
+        if isinstance(idx, int):
+            return get(self[idx])
+        return [get(self[i]) for i in (range(len(self)) if idx is None else idx)]
 
 
 def take_indices(steps: int, indices: int | Iterable[int] | None) -> list[int]:
     """Which of `steps` outputs are meant: a list, the last ``n``, or all; in the given order.
 
     Raises:
-        InputError: one lies outside, or there is none.
+        InputError: one lies outside or is no integer, or there is none.
     """
-    if isinstance(indices, int):
-        if not 1 <= indices <= steps:
-            raise InputError(f"indices: found {indices}; allowed: 1 to {steps}, the number of last steps, or a list")
-        return list(range(steps - indices, steps))
-    chosen = list(range(steps) if indices is None else indices)
+    try:
+        if indices is not None and not isinstance(indices, Iterable):
+            last = operator.index(indices)
+            if not 1 <= last <= steps:
+                raise InputError(f"indices: found {last}; allowed: 1 to {steps}, the number of last steps, or a list")
+            return list(range(steps - last, steps))
+        chosen = list(range(steps)) if indices is None else [operator.index(i) for i in indices]
+    except TypeError as error:
+        raise InputError(
+            f"indices: found {indices!r:.80}; allowed: integers from {-steps} to {steps - 1} in a list, or one, "
+            "the number of last steps"
+        ) from error
     if not chosen:
         raise InputError(f"indices: found none; allowed: {-steps} to {steps - 1} (there are {steps} steps)")
     for i in chosen:

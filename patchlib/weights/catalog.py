@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UnknownNameError, nearest
 
+SOURCES = ("hf-hub:", "local-dir:")  # how something else begins than a name of the catalogue
 BUNDLED = Path(__file__).parent / "bundled"
 
 

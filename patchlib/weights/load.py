@@ -197,7 +197,7 @@ def fill(
             checkpoint.source,
             ", ".join(initial),
         )
-    model.info = {**model.info, **_info_for(model, checkpoint, new_head)}
+    model.info = {**model.info, **info_for(model, checkpoint, new_head)}
 
 
 def _may_adapt(model: Model, checkpoint: Checkpoint) -> bool:
@@ -206,7 +206,7 @@ def _may_adapt(model: Model, checkpoint: Checkpoint) -> bool:
     return theirs is None or any(getattr(ours, name, None) != getattr(theirs, name, None) for name in _GEOMETRY)
 
 
-def _info_for(model: Model, checkpoint: Checkpoint, new_head: bool) -> dict[str, Any]:
+def info_for(model: Model, checkpoint: Checkpoint, new_head: bool) -> dict[str, Any]:
     """A copy of what is known of the weights, without what no longer holds for this model."""
     info = copy.deepcopy(checkpoint.info)
     if new_head:

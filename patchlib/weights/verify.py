@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..models.base import LanguageModel, Model
 from . import files
-from .catalog import find_weights
+from .catalog import SOURCES, find_weights
 from .hub import HubRepo, sha256_of
 
 REFERENCE = "reference.json"
@@ -158,7 +158,7 @@ def locate(name: str) -> tuple[str, str | None]:
     Raises:
         UnknownNameError: no weights have the name.
     """
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(SOURCES):
         return name, None
     architecture, _, tag = name.partition(".")
     entry = find_weights(architecture, tag or None)

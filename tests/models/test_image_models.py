@@ -225,6 +225,23 @@ def test_features_only_models_give_maps_as_their_info_says(kind, registered, ima
             assert found.shape == (4, info["num_chs"], cells, cells)
 
 
+def test_feature_info_answers_for_all_for_some_and_for_one():
+    """The calls of timm's FeatureInfo."""
+    info = tiny("patchnet").feature_info
+    assert (info.channels(), info.channels(0), info.channels([1])) == ([8, 16], 8, [16])
+    assert (info.reduction(), info.reduction(-1), info.reduction((1, 0))) == ([4, 8], 8, [8, 4])
+    assert (info.module_name(), info.module_name(1)) == (["blocks.0", "blocks.1"], "blocks.1")
+    assert info.get_dicts() == list(info)
+    assert info.get_dicts(["num_chs"]) == [{"num_chs": 8}, {"num_chs": 16}]
+    assert info.get_dicts(["reduction"], 1) == {"reduction": 8}
+
+
+@pytest.mark.parametrize("indices", ["a", [1.5], 1.5, ["0"], [None], [], 0, 3, [2], [-3]])
+def test_indices_of_steps_that_there_are_not(indices, images):
+    with pytest.raises(InputError, match=r"indices: found .*; allowed: .*1"):
+        tiny("convmixer").forward_intermediates(images, indices)
+
+
 def test_features_only_models_train_what_they_run(registered, images):
     model = redraw(patchlib.create_model(registered, features_only=True, out_indices=[0]))
     model(images)[0].square().sum().backward()
