@@ -4,55 +4,53 @@
     python examples/finetune.py --data photos/train --model vit_small_patch16_224 --pretrained
 
 A part of the images is kept back (every tenth of each class, by a fixed shuffle). The weights that did best on it are
-saved after each improvement, with what rebuilds the model; Ctrl-C keeps the best so far.
+saved after each improvement, with what rebuilds the model; Ctrl-C keeps the best so far. What is saved is a running
+mean of the weights, which does better than the last ones.
 """
 
 import argparse
 import datetime
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import patchlib
 
 
-def decode(side: int, path: Path) -> bytes:
-    """The largest centred square of an image, as (side, side, 3) bytes."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        crop = min(image.size)
-        left, top = (image.width - crop) // 2, (image.height - crop) // 2
-        square = image.crop((left, top, left + crop, top + crop)).resize((side, side), Image.Resampling.BICUBIC)
-    return square.tobytes()
-
-
 def load_folder(folder: Path, side: int) -> tuple[Tensor, Tensor, list[str]]:
     """All images of a folder as (n, 3, side, side) bytes, their classes, and the classes' names."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [(path, i) for i, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    kinds = Image.registered_extensions()
+    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in kinds)
+    classes = sorted({path.parent.name for path in files})
     if len(classes) < 2:
-        sys.exit(f"{folder}: found {len(classes)} sub-folders; a class needs one each, and two classes at least")
-    with ProcessPoolExecutor() as pool:
-        images = list(tqdm(pool.map(partial(decode, side), [p for p, _ in files], chunksize=64), "read", len(files)))
-    pixels = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).view(-1, side, side, 3)
-    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files]), classes
+        sys.exit(f"{folder}: found images in {len(classes)} sub-folders; a class needs one each, and two at least")
+
+    def read(path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+        except OSError as error:
+            sys.exit(f"{path}: no image that can be read ({error}); mend or remove it")
+        return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
+
+    pixels = torch.stack(thread_map(read, files, desc="read", leave=False))
+    return pixels, torch.tensor([classes.index(path.parent.name) for path in files]), classes
 
 
 def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Indices of the training and the validation part; the same share of each class, always the same images."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    kept = [order[labels[order] == c][: round(fraction * int((labels == c).sum()))] for c in labels.unique()]
-    validation = torch.cat(kept)
-    mask = torch.ones(len(labels), dtype=torch.bool)
-    mask[validation] = False
-    return mask.nonzero()[:, 0], validation
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for one_class in (order[labels[order] == c] for c in labels.unique()):
+        kept[one_class[: round(fraction * len(one_class))]] = True
+    return (~kept).nonzero()[:, 0], kept.nonzero()[:, 0]
 
 
 def augment(images: Tensor, light: float, smallest: float = 0.35) -> Tensor:
@@ -70,6 +68,20 @@ def augment(images: Tensor, light: float, smallest: float = 0.35) -> Tensor:
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     gain, shift = torch.empty(2, n, 3, 1, 1, device=images.device).uniform_(-light, light)
     return images * (1 + gain) + shift
+
+
+def mix(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Blends a batch with a shuffle of itself: all pixels (mixup) or one rectangle (CutMix), by chance."""
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    other = torch.randperm(len(images), device=images.device)
+    if torch.rand(()) < 0.5:
+        return images.lerp(images[other], share), targets.lerp(targets[other], share)
+    height, width = (round(n * share**0.5) for n in images.shape[-2:])
+    top, left = (int(torch.randint(n - m + 1, ())) for n, m in zip(images.shape[-2:], (height, width), strict=True))
+    cut = (..., slice(top, top + height), slice(left, left + width))
+    mixed = images.clone()
+    mixed[cut] = images[other][cut]
+    return mixed, targets.lerp(targets[other], height * width / images[0, 0].numel())
 
 
 @torch.no_grad()
@@ -94,9 +106,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--mixup", type=float, default=0.8, help="0 for none")
+    parser.add_argument("--mix", type=float, default=0.8, help="strength of mixup and CutMix; 0 for none")
     parser.add_argument("--light", type=float, default=0.3, help="change of each channel's gain and offset")
     parser.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth")
+    parser.add_argument("--average", type=float, default=0.998, help="decay of the running mean of the weights")
     parser.add_argument("--validation", type=float, default=0.1, help="share of the images that is kept back")
     parser.add_argument("--patience", type=int, default=40, help="stop after so many epochs without improvement")
     parser.add_argument("--seed", type=int, default=0)
@@ -113,7 +126,7 @@ def main() -> None:
     )
     spec = {"input_size": [3, side, side], "crop_pct": 1.0, **model.info.get("preprocessing", {})}
     command = f"python examples/finetune.py {' '.join(sys.argv[1:])}"
-    model.info |= {"labels": classes, "preprocessing": spec, "command": command, "license": args.license}
+    model.info = {"labels": classes, "preprocessing": spec, "command": command, "license": args.license}
     prepare = patchlib.preprocess(model)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (prepare.mean, prepare.std))
 
@@ -127,7 +140,9 @@ def main() -> None:
     others = [p for name, p in model.named_parameters() if p.dim() <= 1 or name in skip]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
-    steps = args.epochs * (len(training) // args.batch)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average), use_buffers=True)
+    batch = min(args.batch, len(training))
+    steps = args.epochs * (len(training) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
     print(f"{len(training)} images to train, {len(validation)} kept back, {len(classes)} classes, on {device}")
 
@@ -136,27 +151,24 @@ def main() -> None:
         for epoch in range(args.epochs):
             model.train()
             order = training[torch.randperm(len(training), device=device)]
-            bar = tqdm(order[: len(order) // args.batch * args.batch].split(args.batch), f"epoch {epoch}", leave=False)
-            for chosen in bar:
-                images, wanted = (
-                    augment(normalise(pixels[chosen]), args.light),
-                    F.one_hot(labels[chosen], len(classes)).float(),
-                )
-                if args.mixup:
-                    share = torch.distributions.Beta(args.mixup, args.mixup).sample().item()
-                    other = torch.randperm(len(images), device=device)
-                    images, wanted = images.lerp(images[other], share), wanted.lerp(wanted[other], share)
+            for chosen in tqdm(order[: len(order) // batch * batch].split(batch), f"epoch {epoch}", leave=False):
+                images = augment(normalise(pixels[chosen]), args.light)
+                wanted = F.one_hot(labels[chosen], len(classes)).float()
+                if args.mix:
+                    images, wanted = mix(images, wanted, args.mix)
                 with torch.autocast(device.type, torch.bfloat16):
                     loss = F.cross_entropy(model(images), wanted, label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            score = accuracy(model, normalise, pixels[validation], labels[validation])
+                average.update_parameters(model)
+            score = accuracy(average.module, normalise, pixels[validation], labels[validation])
             if score > best:
                 best, best_epoch = score, epoch
-                model.info |= {"validation_accuracy": round(score, 4), "date": datetime.date.today().isoformat()}
-                patchlib.save_pretrained(model, args.out, dtype=torch.float16)
+                found = {"validation_accuracy": round(score, 4), "date": datetime.date.today().isoformat()}
+                average.module.info = model.info | found
+                patchlib.save_pretrained(average.module, args.out, dtype=torch.float16)
             print(f"epoch {epoch}: loss {loss.item():.3f}, validation {score:.4f} (best {best:.4f} at {best_epoch})")
             if epoch - best_epoch >= args.patience:
                 break
