@@ -69,7 +69,8 @@ def register_block(name: str, block: Callable[..., Any], *, role: str | None = N
         role: one of those six words, to allow the name there only. Left out, it is allowed anywhere.
 
     Raises:
-        ConfigError: the role is unknown, the name is empty, built in, or taken by another block.
+        ConfigError: the role is unknown, the name is empty, built in, or taken by another block. A class that was
+            defined again, as by a notebook's cell, takes its own place.
     """
     if role is not None and role not in _BLOCKS:
         raise ConfigError(f"role: found {role!r}{nearest(role, _BLOCKS)}")
@@ -79,13 +80,20 @@ def register_block(name: str, block: Callable[..., Any], *, role: str | None = N
         raise ConfigError(f"block {name!r}: found {type(block).__name__}; allowed: a class or a function")
     if any(name in _BLOCKS[r] for r in ([role] if role else _BLOCKS)):
         raise ConfigError(f"block {name!r} is built in; choose another name")
-    if _user_blocks.get((role, name), block) is not block:
+    known = _user_blocks.get((role, name), block)
+    if known is not block and not _is_redefined(known, block):
         raise ConfigError(f"block {name!r} is already registered with another class; choose another name")
     try:
         _options(block)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"block {name!r}: its options cannot be told ({error}); wrap it in a function") from error
     _user_blocks[role, name] = block
+
+
+def _is_redefined(old: Any, new: Any) -> bool:
+    """Whether `new` is the same definition as `old`, run again, as a notebook's cells are."""
+    names = ("__module__", "__qualname__")
+    return old is not new and all(hasattr(new, n) and getattr(old, n, None) == getattr(new, n) for n in names)
 
 
 def block_names(role: str) -> list[str]:
@@ -199,7 +207,7 @@ def register_model(name: str, model_class: Any, config: Any, *, family: str = "u
 
     Raises:
         ConfigError: the name is malformed or taken, the config is not the class's own, or another class that saved
-            folders know has this class's name.
+            folders know has this class's name. A class that was defined again takes its own place.
     """
     if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
         raise ConfigError(f"name of a model: found {name!r}; allowed: letters, digits, '_' and '-'")
@@ -214,7 +222,8 @@ def register_model(name: str, model_class: Any, config: Any, *, family: str = "u
             "apart by name; rename yours"
         )
     entry = ModelEntry(family, None, model_class, config)
-    if _user_models.get(name, entry) != entry:
+    known = _user_models.get(name, entry)
+    if known != entry and not _is_redefined(known.model_class, model_class):
         raise ConfigError(f"model {name!r} is already registered with another config; choose another name")
     _user_models[name] = entry
 

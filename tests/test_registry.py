@@ -255,6 +255,36 @@ def test_what_cannot_be_registered_is_refused():
         patchlib.register_block("mine", Words)
 
 
+def test_a_cell_that_runs_again_replaces_what_it_registered():
+    def cell(bias, depth):
+        class Block(nn.Linear):
+            def __init__(self, dim: int):
+                super().__init__(dim, dim, bias=bias)
+
+        class Net(patchlib.ViT):
+            pass
+
+        def norm(dim):
+            return nn.LayerNorm(dim, bias=bias)
+
+        patchlib.register_block("block", Block)
+        patchlib.register_block("own_norm", norm, role="norm")
+        patchlib.register_model("net", Net, patchlib.ViTConfig(depth=depth))
+        return Net
+
+    cell(True, 1)
+    net = cell(False, 2)
+    model = patchlib.PatchNet(stages=[{"kind": "block", "dim": 8}], norm="own_norm")
+    assert model.blocks[0][0].bias is None
+    assert model.norm.bias is None
+    assert registry.find_model("net") == (net, patchlib.ViTConfig(depth=2))
+    assert registry.find_model_class("Net") is net
+    with pytest.raises(ConfigError, match="'block' is already registered with another class"):
+        patchlib.register_block("block", functools.partial(Scale))
+    with pytest.raises(ConfigError, match="'net' is already registered"):
+        patchlib.register_model("net", patchlib.ViT, patchlib.ViTConfig(depth=2))
+
+
 def test_a_block_that_raises_is_an_error_of_the_config():
     class Broken(nn.Module):
         def __init__(self, dim: int, *, n: int = 1):
