@@ -43,21 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the rows that would be measured, and measure none")
     args = parser.parse_args(arguments)
     options = Options(args.peers, args.rounds, args.seconds, args.threads)
-    results = Results(args.out, machine(args.threads))
-    failed = 0
-    for part, module in PARTS.items():
-        for job in module.jobs():
-            name = f"{part}: {job.name}"
-            if results.has(part, job.name) or not any(text in name for text in args.only):
-                continue
-            print(name, flush=True)
-            if args.list:
-                continue
-            try:
-                results.add(part, job.run(options))
-            except BenchmarkError as error:
-                failed += 1
-                print(error, file=sys.stderr, flush=True)
+    jobs = [(part, job) for part, module in PARTS.items() for job in module.jobs()]
+    chosen = [(part, job) for part, job in jobs if any(text in f"{part}: {job.name}" for text in args.only)]
+    if not chosen:
+        parser.error(f"--only: no row's name has {' or '.join(map(repr, args.only))} in it; --list prints them")
+    results, failed = Results(args.out, machine(args.threads)), 0
+    for part, job in chosen:
+        if results.has(part, job.name):
+            continue
+        print(f"{part}: {job.name}", flush=True)
+        if args.list:
+            continue
+        try:
+            results.add(part, job.run(options))
+        except BenchmarkError as error:
+            failed += 1
+            print(error, file=sys.stderr, flush=True)
     if not args.list:
         print(results.as_markdown())
     return min(failed, 1)

@@ -37,6 +37,9 @@ def test_a_run_writes_each_row_and_a_second_run_measures_only_what_is_missing(tm
     assert "inference" in second["name"]
     with pytest.raises(SystemExit, match="another --out"):
         main([*command, "--threads", "2"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "speeed", "--out", str(tmp_path)])
+    assert "no row's name has 'speeed' in it" in capsys.readouterr().err
 
 
 def test_a_process_that_fails_says_why():
