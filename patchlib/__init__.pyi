@@ -7,7 +7,6 @@ from .errors import PatchlibError as PatchlibError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import WeightsError as WeightsError
 from .factory import create_model as create_model
-from .factory import list_models as list_models
 from .factory import load_pretrained as load_pretrained
 from .factory import model_info as model_info
 from .generation import generate as generate
@@ -56,6 +55,7 @@ from .registry import register_model as register_model
 from .text.tokenizer import BPETokenizer as BPETokenizer
 from .text.tokenizer import ByteTokenizer as ByteTokenizer
 from .text.tokenizer import load_tokenizer as load_tokenizer
+from .weights.catalog import list_models as list_models
 from .weights.save import push_to_hub as push_to_hub
 from .weights.save import save_pretrained as save_pretrained
 

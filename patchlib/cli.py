@@ -74,26 +74,22 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fnmatch import fnmatchcase
+    from .registry import family_of
+    from .weights.catalog import find_weights, list_models, weights_of
 
-    from .registry import family_of, model_names
-    from .weights.catalog import weights_of
-
-    pattern = args.pattern if any(c in args.pattern for c in "*?[") else f"*{args.pattern}*"
-    names = model_names(args.family)
-    if args.pretrained:
-        entries = [entry for name in names for entry in weights_of(name)]
-        names = [entry.full_name for entry in entries]
-        entries = [e for e in entries if fnmatchcase(e.full_name, pattern) or fnmatchcase(e.name, pattern)]
-        rows: list[dict[str, Any]] = [
-            {"name": e.full_name, "family": family_of(e.name), "license": e.license, "source": e.source}
-            for e in entries
-        ]
-    else:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        rows = [{"name": n, "family": family_of(n), "weights": [e.tag for e in weights_of(n)]} for n in found]
-    if not rows:
-        raise UnknownNameError(f"nothing matches {args.pattern!r}{nearest(args.pattern, names)}")
+    names = list_models(args.pattern, pretrained=args.pretrained, family=args.family)
+    if not names:
+        known = list_models(pretrained=args.pretrained, family=args.family)
+        raise UnknownNameError(f"nothing matches {args.pattern!r}{nearest(args.pattern, known)}")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        architecture, _, tag = name.partition(".")
+        row = {"name": name, "family": family_of(architecture)}
+        if args.pretrained:
+            entry = find_weights(architecture, tag)
+            rows.append({**row, "license": entry.license, "source": entry.source})
+        else:
+            rows.append({**row, "weights": [entry.tag for entry in weights_of(name)]})
     if args.json:
         _print_json(rows)
     else:
@@ -138,9 +134,10 @@ def _predict(args: argparse.Namespace) -> int:
 
     require("PIL.Image", "vision")
     source = _source(args.name)
+    shapes = create_model(source, pretrained=True, device="meta")  # which fetches no weights
+    if not isinstance(shapes, ImageModel) or not shapes.num_classes:
+        raise InputError(f"{args.name}: found {type(shapes).__name__} without classes of images; allowed: a classifier")
     model = create_model(source, pretrained=True)
-    if not isinstance(model, ImageModel) or not model.num_classes:
-        raise InputError(f"{args.name}: found {type(model).__name__} without classes of images; allowed: a classifier")
     prepare, labels = preprocess(model), _labels(model)
     answers: list[dict[str, Any]] = [{"image": name} for name in args.images]
     for start in range(0, len(answers), _BATCH):
@@ -175,30 +172,36 @@ def _predict(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     import torch
 
+    from . import __version__
     from .factory import create_model
+    from .weights import verify
     from .weights.save import save_pretrained
-    from .weights.verify import check_finite, check_reference, find_reference, read_reference
 
     overrides = _overrides(args.set)
+    options = {"dtype": "file", "check_finite": True, **overrides}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     file = Path(args.source).expanduser()
     source = reference = None
     if file.is_file():
         if args.model is None:
             raise InputError(f"{args.source}: a bare file does not say what it is; name its architecture with --model")
-        model = create_model(args.model, checkpoint=file, allow_pickle=args.allow_pickle, dtype="file", **overrides)
+        model = create_model(args.model, checkpoint=file, allow_pickle=args.allow_pickle, **options)
     else:
         if args.model is not None:
             raise InputError(f"--model is for a bare file; {args.source} is none")
         source = _source(args.source)
-        model = create_model(source, pretrained=True, dtype="file", **overrides)
-        reference = None if overrides else find_reference(source)
+        model = create_model(source, pretrained=True, **options)
+        reference = None if overrides else verify.find_reference(source)
+    if reference is None:
+        reference = verify.Reference(verify.reference_output(model), f"patchlib {__version__}", ())
+    if not bool(reference.output.isfinite().all()):  # asked before anything is written
+        raise WeightsError(f"{args.source}: answers with NaN or infinity; its weights are damaged; fetch them again")
     folder = save_pretrained(model, args.folder, format=args.format, dtype=dtype)
     if source is not None:
         _carry(_COMPANIONS, source, folder)
-    reference = read_reference(_write_reference(model, folder, reference))
+    reference = verify.read_reference(_write_reference(model, folder, reference))
     written = create_model(f"local-dir:{folder}", dtype="file")
-    checks = [check_finite(written), check_reference(written, reference)]
+    checks = [verify.check_finite(written), verify.check_reference(written, reference)]
     passed = all(check.passed for check in checks)
     if args.json:
         answer = {"folder": str(folder), "format": args.format, "passed": passed}
@@ -384,6 +387,10 @@ def _read_image(name: str) -> Any:
         image = Image.open(io.BytesIO(content))
         image.load()
         return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"too large an image ({_reason(error)}); scale it down, if it comes from where you trust"
+        ) from error
     except Image.UnidentifiedImageError as error:
         raise InputError("not an image, or of a format that Pillow does not know") from error
     except Exception as error:  # of damaged files Pillow's readers raise whatever they stumble upon
@@ -435,11 +442,16 @@ def _writing() -> Iterator[None]:
 
 
 def _print(text: str = "", end: str = "\n", flush: bool = False) -> None:
-    """To stdout, with what a terminal would act upon, or stdout's encoding does not have, spelt out."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    """To stdout, with what stdout's encoding does not have spelt out."""
+    shown = _visible(text)
     encoding = sys.stdout.encoding or "utf-8"
     with _writing():
         print(shown.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=flush)
+
+
+def _visible(text: str) -> str:
+    """The text with what a terminal would act upon spelt out: names in a stranger's file may hold anything."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _print_json(value: Any) -> None:
@@ -472,7 +484,7 @@ def _cell(value: Any) -> str:
 
 
 def _complain(text: str) -> None:
-    print(f"patchlib: {' '.join(text.split())}", file=sys.stderr)
+    print(f"patchlib: {_visible(' '.join(text.split()))}", file=sys.stderr)
 
 
 def _reason(error: BaseException) -> str:
@@ -486,7 +498,7 @@ def _reason(error: BaseException) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_visible(' '.join(message.split()))} (see {self.prog} --help)\n")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -293,25 +292,6 @@ def _from_catalog(
         tensors = read_tensors(repo.file("model.safetensors", sha256=entry.sha256))
     info = {**entry.info, "license": entry.license, "source": entry.source}
     return Checkpoint(entry.full_name, tensors, entry.format, model_class, config, info)
-
-
-def list_models(pattern: str = "*", *, pretrained: bool = False, family: str | None = None) -> list[str]:
-    """Registered names, sorted.
-
-    Args:
-        pattern: with ``*`` and ``?``, or a plain piece of the name.
-        pretrained: instead the ``name.tag`` of all weights.
-        family: only this family, for instance ``"vit"``.
-
-    Raises:
-        UnknownNameError: there is no such family.
-    """
-    wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = [name for name in model_names(family) if fnmatchcase(name, wildcard) or pretrained]
-    if not pretrained:
-        return names
-    tagged = [entry.full_name for name in names for entry in weights_of(name)]
-    return [full for full in tagged if fnmatchcase(full, wildcard) or fnmatchcase(full.partition(".")[0], wildcard)]
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,19 @@ def test_errors_are_one_line(run: Any, folder: Path, tmp_path: Path) -> None:
         assert err.startswith("patchlib: error: "), argv
 
 
+def test_errors_keep_control_characters_from_the_terminal(run: Any, folder: Path, tmp_path: Path) -> None:
+    wild = copied(folder, tmp_path / "wild", lambda content: content.update({"model": "\x1b[31mred\x9b\x07"}))
+    code, _, err = run("verify", wild)
+    assert code == 1
+    assert "red" in err
+    (tmp_path / "\x1b[2Jclear").mkdir()
+    (tmp_path / "\x1b[2Jclear" / "config.json").write_text("{}")
+    assert run("predict", tmp_path / "\x1b[2Jclear", CAT)[2].count("\\x1b[2Jclear") == 1
+    for argv in (["predict", tmp_path / "\x1b[2Jclear", CAT], ["predict", folder, "\x1b[2J.png"], ["\x1b[2J"]):
+        assert all(c.isprintable() for c in run(*argv)[2].rstrip("\n")), argv
+    assert all(c.isprintable() for c in err.rstrip("\n"))
+
+
 def test_errors_in_json(run: Any) -> None:
     code, out, err = run("info", "convmixer_61", "--json")
     error = json.loads(out)["error"]
@@ -322,7 +335,9 @@ def test_predict_from_stdin(folder: Path) -> None:
     assert one["classes"][0]["index"] == int(expected(folder, Image.open(ROCKET)).argmax())
 
 
-def test_predict_goes_on_after_a_wrong_image(run: Any, folder: Path, tmp_path: Path) -> None:
+def test_predict_goes_on_after_a_wrong_image(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "half.jpg").write_bytes(Path(ROCKET).read_bytes()[:20_000])
@@ -344,6 +359,12 @@ def test_predict_goes_on_after_a_wrong_image(run: Any, folder: Path, tmp_path: P
     for line, (name, said), answer in zip(err.splitlines(), bad.items(), answers[1:-1], strict=True):
         assert line == f"patchlib: error: {tmp_path / name}: {answer['error']}"
         assert said in line
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    _, _, err = run("predict", folder, CAT)
+    assert "too large an image" in err
+    assert "scale it down" in err
+    monkeypatch.undo()
 
     code, out, err = run("predict", folder, tmp_path / "missing.png")  # and no good one
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -486,6 +507,27 @@ def test_convert_says_when_half_is_too_small(run: Any, folder: Path, tmp_path: P
     assert (code, err.count("\n")) == (1, 1)
     assert json.loads(out)["passed"] is False
     assert "do not use it" in err
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_convert_of_damaged_weights_writes_nothing(run: Any, folder: Path, tmp_path: Path, bare: bool) -> None:
+    model = patchlib.create_model(f"local-dir:{folder}")
+    torch.nn.init.constant_(model.head.fc.bias, float("nan"))
+    source = patchlib.save_pretrained(model, tmp_path / "nan")
+    options = [source / "model.safetensors", "--model", "convmixer_16"] if bare else [source]
+    fields = [f"--set={key}={value}" for key, value in TINY.items()] if bare else []
+    code, out, err = run("convert", *options[:1], tmp_path / "out", *options[1:], *fields)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert str(source) in err
+    assert "NaN or infinity in head.fc.bias" in err
+    assert "fetch it again" in err
+    torch.nn.init.constant_(model.head.fc.bias, 3e38)
+    torch.nn.init.constant_(model.blocks[0].norm2.bias, 3e38)  # finite, and too much
+    patchlib.save_pretrained(model, source)
+    code, out, err = run("convert", source, tmp_path / "out")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"{source}: answers with NaN or infinity" in err
+    assert not (tmp_path / "out").exists()
 
 
 # verify
@@ -701,3 +743,4 @@ def test_predict_is_not_for_text(run: Any, writer: Path) -> None:
     code, _, err = run("predict", writer, CAT)
     assert code == 1
     assert "GPT" in err
+    assert "found GPT without classes of images" in run("predict", "gpt2", CAT)[2], "said before weights are asked for"

@@ -3,11 +3,13 @@
 import difflib
 import json
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnknownNameError, nearest
+from ..registry import model_names
 
 SOURCES = ("hf-hub:", "local-dir:")  # how something else begins than a name of the catalogue
 BUNDLED = Path(__file__).parent / "bundled"
@@ -49,6 +51,25 @@ class Weights:
 def weights_of(name: str) -> list[Weights]:
     """The entries of one architecture, the default first; an empty list if it has none."""
     return [Weights(name, tag, **entry) for tag, entry in _catalog().get(name, {}).items()]
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False, family: str | None = None) -> list[str]:
+    """Registered names, sorted.
+
+    Args:
+        pattern: with ``*`` and ``?``, or a plain piece of the name.
+        pretrained: instead the ``name.tag`` of all weights.
+        family: only this family, for instance ``"vit"``.
+
+    Raises:
+        UnknownNameError: there is no such family.
+    """
+    wildcard = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    names = [name for name in model_names(family) if fnmatchcase(name, wildcard) or pretrained]
+    if not pretrained:
+        return names
+    tagged = [entry.full_name for name in names for entry in weights_of(name)]
+    return [full for full in tagged if fnmatchcase(full, wildcard) or fnmatchcase(full.partition(".")[0], wildcard)]
 
 
 def names_with_weights() -> list[str]:

@@ -80,7 +80,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle makes torch raise has no nearer common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own text would advise to run the code in the file
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        said = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = f"it holds {found[1]!r:.100}, which is no tensor" if found else f"{said:.200}"
         raise WeightsError(
             f"{path}: not readable with weights_only=True ({reason}); save model.state_dict() instead"
         ) from error

@@ -167,6 +167,19 @@ def test_code_in_a_pickle_never_runs(name, zipped, tmp_path):
     assert trace.exists()  # it would have
 
 
+def test_what_a_pickle_holds_is_named_and_torchs_advice_to_run_it_is_not_repeated(tmp_path):
+    torch.save({"a": torch.nn.Linear(2, 2)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"it holds 'torch\.nn\.modules\.linear\.Linear', which is no") as caught:
+        read_tensors(tmp_path / "w.pt", allow_pickle=True)
+    content = (tmp_path / "w.pt").read_bytes().replace(b"linear\nLinear", b"linea\x1b\nLinear")
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match="not readable") as other:
+        read_tensors(tmp_path / "w.pt", allow_pickle=True)
+    for message in (str(caught.value), str(other.value)):
+        assert message.isprintable()
+        assert "trust" not in message
+
+
 def test_a_bare_pickle_never_runs(tmp_path):
     path, trace = tmp_path / "w.bin", tmp_path / "executed"
     path.write_bytes(pickle.dumps(Evil(trace), protocol=2))
