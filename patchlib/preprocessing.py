@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import MAX_SIDE, BaseConfig, choice, integers, number
 from .errors import ConfigError, InputError
+from .weights.load import without_wrappers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -228,10 +229,11 @@ def preprocess(model_or_spec: nn.Module | Preprocess | Mapping[str, Any]) -> Pre
     """Returns what prepares images for a model, from its weights' own numbers.
 
     Args:
-        model_or_spec: an image model: its `info["preprocessing"]` holds the numbers, and where there are none its
-            `config.img_size` the size; the number of channels is always that of `config.in_chans`. Or a dict of
-            `Preprocess`'s fields. Or a `Preprocess`, which is returned as it is. Fields left out take the defaults of
-            `Preprocess`: ImageNet's mean and standard deviation, bicubic, a central crop of 0.875.
+        model_or_spec: an image model, wrapped for data-parallel training or not: its `info["preprocessing"]` holds the
+            numbers, and where there are none its `config.img_size` the size; the number of channels is always that of
+            `config.in_chans`. Or a dict of `Preprocess`'s fields. Or a `Preprocess`, which is returned as it is. Fields
+            left out take the defaults of `Preprocess`: ImageNet's mean and standard deviation, bicubic, a central crop
+            of 0.875.
 
     For a model that takes 1 channel, the three numbers of a mean become its grey value (ITU-R 601-2).
 
@@ -253,23 +255,30 @@ def preprocess(model_or_spec: nn.Module | Preprocess | Mapping[str, Any]) -> Pre
             f"preprocess: found {type(model_or_spec).__name__}; allowed: an image model, a dict, a Preprocess "
             f"(images go to what it returns: preprocess(model)(images))"
         )
-    config = getattr(model_or_spec, "config", None)
+    model = without_wrappers(model_or_spec)
+    config = getattr(model, "config", None)
     size, channels = getattr(config, "img_size", None), getattr(config, "in_chans", None)
-    spec = (getattr(model_or_spec, "info", None) or {}).get("preprocessing") or {}
+    spec = (getattr(model, "info", None) or {}).get("preprocessing") or {}
     if not spec and size is None and channels is None:
         raise InputError(
-            f"preprocess: {type(model_or_spec).__name__} has neither info['preprocessing'] nor a config with img_size "
+            f"preprocess: {type(model).__name__} has neither info['preprocessing'] nor a config with img_size "
             f"or in_chans, as image models have; give the numbers: preprocess({{'input_size': (3, 224, 224)}})"
         )
     if not isinstance(spec, Mapping):
         raise ConfigError(f"info['preprocessing']: found {type(spec).__name__}; allowed: a dict of Preprocess's fields")
     if "input_size" not in spec:
         height, width = (size, size) if isinstance(size, int) else size or Preprocess.input_size[1:]
-        mean = spec.get("mean", IMAGENET_MEAN)
-        made_for = len(mean) if isinstance(mean, (list, tuple)) and len(mean) > 1 else 3
-        spec = {**spec, "input_size": (made_for, height, width)}
+        spec = {**spec, "input_size": (_made_for(spec), height, width)}
+    elif _made_for(spec) == channels and isinstance(spec["input_size"], (list, tuple)):  # the mean is this model's own
+        spec = {**spec, "input_size": (channels, *spec["input_size"][1:])}
     prepare = Preprocess.from_dict(spec)
     return prepare if channels in (None, prepare.input_size[0]) else _with_channels(prepare, channels)
+
+
+def _made_for(spec: Mapping[str, Any]) -> int:
+    """The number of channels that a mean is for."""
+    mean = spec.get("mean", IMAGENET_MEAN)
+    return len(mean) if isinstance(mean, (list, tuple)) and len(mean) > 1 else 3
 
 
 def _with_channels(prepare: Preprocess, channels: int) -> Preprocess:
@@ -283,7 +292,13 @@ def _with_channels(prepare: Preprocess, channels: int) -> Preprocess:
         return colour
 
     colours = {name: convert(getattr(prepare, name)) for name in ("mean", "std", "background")}
-    return prepare.replace(input_size=(channels, *prepare.input_size[1:]), **colours)
+    try:
+        return prepare.replace(input_size=(channels, *prepare.input_size[1:]), **colours)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; for a model of {channels} channels say them: model.info['preprocessing'] = "
+            f"{{'mean': [{channels} numbers], 'std': [{channels} numbers]}}"
+        ) from error
 
 
 def _convert_pil(image: Any, channels: int, name: str) -> Any:

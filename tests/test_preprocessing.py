@@ -346,10 +346,18 @@ def test_the_models_channels_decide() -> None:
     assert (even.input_size, even.mean, even.std) == ((6, 64, 64), (0.5,) * 6, (0.25,) * 6)
     own = {"mean": [0.1, 0.2, 0.3, 0.4, 0.5], "std": 0.3}
     assert preprocess(Net({"preprocessing": own}, in_chans=5)) == Preprocess(input_size=(5, 224, 224), **own)
-    with pytest.raises(ConfigError, match="mean: found 3 numbers; allowed: 1, or 5"):
+    with pytest.raises(ConfigError, match="mean: found 3 numbers; allowed: 1, or 5") as caught:
         preprocess(Net({}, img_size=64, in_chans=5))
+    assert "model.info['preprocessing'] = {'mean': [5 numbers]" in str(caught.value)
+    for given in (own, {**numbers, **own}):  # with or beside the size that three channels had
+        assert preprocess(Net({"preprocessing": given}, img_size=64, in_chans=5)).mean == tuple(own["mean"])
     with pytest.raises(ConfigError, match=r"info\['preprocessing'\]: found str"):
         preprocess(Net({"preprocessing": "squash"}, in_chans=3))
+
+
+def test_a_wrapped_model_is_asked_inside() -> None:
+    net = Net({"preprocessing": {"crop_pct": 0.9}}, img_size=64, in_chans=3)
+    assert preprocess(nn.DataParallel(net)) == preprocess(torch.compile(net)) == preprocess(net)
 
 
 @pytest.mark.parametrize("wrong", [nn.Linear(2, 2), Net({}, vocab_size=5), "vit_base_patch16_224", None])

@@ -99,6 +99,11 @@ class ImageModel(Model):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"images: found {type(images).__name__}; allowed: a tensor (batch, channels, height, width), as "
+                "patchlib.preprocess(model) makes of pictures and arrays"
+            )
         patches = self.encode(self.embed(images))
         return self.head(patches.x, patches.prefix)
 

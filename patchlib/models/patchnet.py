@@ -15,7 +15,7 @@ from ..config import (
     size,
     stages,
 )  # fmt: skip
-from ..errors import ConfigError
+from ..errors import ConfigError, PatchlibError
 from ..layers.downsample import Downsample
 from ..layers.drop import drop_path_schedule
 from ..layers.grid import Patches
@@ -89,14 +89,17 @@ class PatchNet(ImageModel):
             self.pos_embed = build_block("pos_embed", config.pos_embed, dim=dim, size=grid, prefix=0)
         rates = iter(drop_path_schedule(config.drop_path, sum(stage["depth"] for stage in config.stages)))
         self.blocks = nn.ModuleList()
-        for stage in config.stages:
+        for i, stage in enumerate(config.stages):
             options = {key: value for key, value in stage.items() if key not in ("depth", "dim", "downsample")}
             layers: list[nn.Module] = []
             if stage["dim"] != dim or stage["downsample"] > 1:
                 layers.append(Downsample(dim, stage["dim"], stage["downsample"]))
             dim = stage["dim"]
-            for _ in range(stage["depth"]):
-                layers.append(build_block("stage", options, dim=dim, drop_path=next(rates)))
+            try:
+                for _ in range(stage["depth"]):
+                    layers.append(build_block("stage", options, dim=dim, drop_path=next(rates)))
+            except PatchlibError as error:
+                raise type(error)(f"PatchNetConfig.stages[{i}]: {error}") from error
             self.blocks.append(nn.Sequential(*layers))
         self.norm = nn.Identity() if config.norm is None else build_block("norm", config.norm, dim)
         self.head = self._make_head()

@@ -304,7 +304,8 @@ def push_folder(
             api.create_branch(name, branch=repo.revision, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=repo.revision)
     except Exception as error:  # see HubRepo._locate
-        raise HubError(f"push to {repo.repo_id!r} at {repo.revision!r}: {_reason(error, repo.revision)}") from error
+        reason = _reason(error, repo.revision, wants="sending wants requests")
+        raise HubError(f"push to {repo.repo_id!r} at {repo.revision!r}: {reason}") from error
     return commit.commit_url
 
 
@@ -314,8 +315,8 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: BaseException | None, revision: str) -> str:
-    """Why the Hub's client failed, and what helps."""
+def _reason(error: BaseException | None, revision: str, wants: str = "no sound copy is in the cache") -> str:
+    """Why the Hub's client failed, and what helps; `wants` says why a request was needed."""
     from huggingface_hub import errors
 
     login = "pass a token that may do this, or log in with `hf auth login`"
@@ -329,13 +330,15 @@ def _reason(error: BaseException | None, revision: str) -> str:
         case errors.RemoteEntryNotFoundError():
             return "there is no such file; check its spelling, or the revision"
         case errors.OfflineModeIsEnabled():
-            return "no sound copy is in the cache, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them"
+            return f"{wants}, and requests are off (local_files_only, HF_HUB_OFFLINE); allow them"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"the Hub refuses access ({error.response.status_code}); {login}"
         case errors.HfHubHTTPError():
             said = " ".join((error.server_message or "nothing more").split())
             return f"the Hub answers {error.response.status_code} ({said}); try again later"
         case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:
-            return _reason(error.__cause__, revision)  # what the client met while it was forced, or saw no other way
+            return _reason(
+                error.__cause__, revision, wants
+            )  # what the client met while it was forced, or saw no other way
     said = " ".join(str(error).split()) or "no answer"
     return f"{said} ({type(error).__name__}); check the connection, or try again later"

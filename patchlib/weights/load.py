@@ -229,6 +229,14 @@ def unwrapped(model: nn.Module) -> Model:
     Raises:
         InputError: it is none of patchlib's.
     """
+    inner = without_wrappers(model)
+    if not isinstance(inner, Model):
+        raise InputError(f"model: found {type(model).__name__}; allowed: a model of patchlib, or of a subclass")
+    return inner
+
+
+def without_wrappers(model: nn.Module) -> Any:
+    """The same for a model of anybody's."""
     inner: Any = model
     while not isinstance(inner, Model):
         if isinstance(inner, FeatureExtractor):
@@ -238,7 +246,7 @@ def unwrapped(model: nn.Module) -> Model:
         elif hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         else:
-            raise InputError(f"model: found {type(model).__name__}; allowed: a model of patchlib, or of a subclass")
+            break
     return inner
 
 
@@ -315,7 +323,7 @@ def _refuse(
         if names
     ]
     hint = ""
-    if any(name.startswith("head.") for name in [*missing, *misshapen]):
+    if any(name.startswith(("head.fc.", "head.fc_dist.")) for name in [*missing, *misshapen]):
         hint = "; for other classes than the checkpoint's, name num_classes= (create_model) or new_head=True"
     raise WeightsError(
         f"{checkpoint.source} does not fit {type(model).__name__} ({'; '.join(shown)}){hint}; the model is unchanged"

@@ -143,8 +143,8 @@ def test_impossible_configs_are_refused(overrides, message):
 
 @pytest.mark.parametrize("heads", [0, -2, 5, "8"])
 def test_impossible_options_of_a_block_are_refused(heads):
-    with pytest.raises(ConfigError, match="heads"):
-        PatchNet(stages=[{"kind": "transformer", "dim": 8, "heads": heads}])
+    with pytest.raises(ConfigError, match=r"stages\[1\].*heads"):
+        PatchNet(stages=[{"kind": "convmixer", "dim": 8}, {"kind": "transformer", "dim": 8, "heads": heads}])
 
 
 def test_the_model_sets_dim_and_drop_path():

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS
@@ -479,6 +480,12 @@ def test_replaced_fields_give_an_error_or_a_finite_model(kind, tmp_path_factory,
 def test_images_of_another_shape(shape, named, name):
     with pytest.raises(patchlib.InputError, match=named):
         MODELS[name]()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 3, 8, 8), "float32"), [[0.0]], None])
+def test_images_that_are_no_tensor(images):
+    with pytest.raises(patchlib.InputError, match=rf"images: found {type(images).__name__}; .*patchlib\.preprocess"):
+        MODELS["vit"]()(images)
 
 
 @pytest.mark.parametrize("name", ["net", "vit"])

@@ -555,6 +555,14 @@ def push(hub: HubServer, home: Path, folder: Path, repo: str, **options: Any) ->
     return process.stdout.strip()
 
 
+def test_a_push_without_requests_says_so(hub: HubServer, home: Path, folder: Path) -> None:
+    code = PUSH.format(folder=str(folder), repo="user/new", options={})
+    process = run_client(hub, code, home, {"HF_HUB_OFFLINE": "1"})
+    assert "HubError push to 'user/new'" in process.stdout
+    assert "requests are off (local_files_only, HF_HUB_OFFLINE); allow them" in process.stdout
+    assert "cache" not in process.stdout
+
+
 def test_push_and_load(hub: HubServer, home: Path, folder: Path) -> None:
     address = push(hub, home, folder, "user/new", token="writing", private=True)
     commit = hub.repos["user/new"].branches["main"]

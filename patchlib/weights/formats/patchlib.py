@@ -55,7 +55,8 @@ def migrate(content: dict[str, Any]) -> dict[str, Any]:
     version = content.get("format_version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise WeightsError(
-            f"field 'format_version': found {version!r}; allowed: 1 to {VERSION}; a newer one needs a newer patchlib"
+            f"field 'format_version': found {version!r:.80}; allowed: 1 to {VERSION}; "
+            "a newer one needs a newer patchlib"
         )
     for step in range(version, VERSION):
         content = MIGRATIONS[step](content)
