@@ -168,6 +168,9 @@ def test_sixteen_bits_keep_their_range() -> None:
         mode = "I;16" if order == "<u2" else "I;16B"
         image = Image.frombytes(mode, deep.shape[::-1], deep.tobytes())
         assert (prepare(image) - prepare(Image.fromarray(grey))).abs().max() < 1.01 * LEVEL
+    file = io.BytesIO()
+    image.convert("I").convert("I;16").save(file, "PNG")  # which Pillow before 10.3 reads in a mode without a range
+    assert (prepare(Image.open(file)) - prepare(Image.fromarray(grey))).abs().max() < 1.01 * LEVEL
 
 
 def test_grey_and_colour_tensors_become_what_the_model_takes() -> None:
