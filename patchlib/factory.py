@@ -76,7 +76,9 @@ def create_model(
 
     Raises:
         UnknownNameError: no such model, or it has no weights; the nearest that exist are named.
-        ConfigError: a field is unknown or its value is not allowed.
+        ConfigError: a field is unknown or its value is not allowed, arguments contradict each other, or the device
+            cannot be used.
+        InputError: the patches do not cover the config's own image size, or there is no such step as `out_indices` say.
         WeightsError, HubError: the weights cannot be had or do not fit.
     """
     given = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
@@ -327,8 +329,6 @@ def model_info(name: str) -> ModelInfo:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from .layers.convmixer import Pointwise
-
     architecture = name.partition(".")[0]
     find_model(architecture)  # a source, such as hf-hub:…, has no registered facts and is refused here
     with torch.device("meta"):
@@ -346,8 +346,7 @@ def model_info(name: str) -> ModelInfo:
             nonlocal activations
             activations += output.numel()
 
-        layers = nn.Linear, nn.Conv2d, Pointwise
-        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, layers)]
+        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(inputs)
         for hook in hooks:

@@ -57,6 +57,7 @@ class ConvMixer(ImageModel):
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
+        InputError: images of the config's own size could not be run.
     """
 
     Config = ConvMixerConfig

@@ -134,6 +134,7 @@ class ConvNeXt(ImageModel):
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
+        InputError: images of the config's own size could not be run.
     """
 
     Config = ConvNeXtConfig

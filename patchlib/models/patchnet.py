@@ -72,6 +72,7 @@ class PatchNet(ImageModel):
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
+        InputError: images of the config's own size could not be run.
     """
 
     Config = PatchNetConfig

@@ -110,6 +110,7 @@ class ViT(ImageModel):
 
     Raises:
         ConfigError: a field is unknown or its value is not allowed.
+        InputError: images of the config's own size could not be run.
     """
 
     Config = ViTConfig

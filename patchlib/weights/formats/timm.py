@@ -73,7 +73,7 @@ _ARGUMENTS: dict[str, Any] = {
     "reg_tokens": lambda v: {"tokens": {"register": v}},
     "no_embed_class": lambda v: {"pos_embed": {"covers_prefix": not v}},
     "global_pool": lambda v: {"pool": {"kind": {"token": "class", "avg": "avg"}[v]}},
-    "fc_norm": lambda v: {"pool": {"norm": v}},
+    "fc_norm": lambda v: {} if v is None else {"pool": {"norm": v}},
     "depths": lambda v: {"depths": v},
     "dims": lambda v: {"dims": v},
     "kernel_sizes": lambda v: {"kernel_size": v},
