@@ -100,7 +100,7 @@ class PatchNet(ImageModel):
                 for _ in range(stage["depth"]):
                     layers.append(build_block("stage", options, dim=dim, drop_path=next(rates)))
             except PatchlibError as error:
-                raise type(error)(f"PatchNetConfig.stages[{i}]: {error}") from error
+                raise type(error)(f"PatchNetConfig.stages[{i}]: {error}") from error.__cause__ or error
             self.blocks.append(nn.Sequential(*layers))
         self.norm = nn.Identity() if config.norm is None else build_block("norm", config.norm, dim)
         self.head = self._make_head()
