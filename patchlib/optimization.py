@@ -12,7 +12,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import InputError, PatchlibError, require
 from .layers.convmixer import ConvMixerBlock
-from .layers.grid import grid_to_nchw, nchw_to_grid, pair
+from .layers.grid import nchw, pair
+from .layers.linear import Linear
 from .layers.patch_embed import EarlyConv
 from .layers.scale import LayerScale
 from .models.base import ImageModel, LanguageModel, Model
@@ -130,14 +131,13 @@ class FusedConvMixerBlock(nn.Module):
         if isinstance(block.scale, LayerScale):
             scale, shift = scale * block.scale.gamma, shift * block.scale.gamma
         self.depthwise, self.act, self.pointwise = block.depthwise, block.act, block.pointwise
-        self.scale = nn.Parameter(scale[:, None, None], False)
+        self.scale = nn.Parameter(scale, False)
         self.pointwise.bias.add_(self.pointwise.weight @ shift)
         self.norm2 = Affine(block.norm2)
 
     def forward(self, grid: Tensor) -> Tensor:
-        image = grid_to_nchw(grid)
-        image = _multiply_add(image, self.scale, self.act(self.depthwise(image)))
-        return nchw_to_grid(self.norm2(self.act(self.pointwise(image))))
+        grid = _multiply_add(grid, self.scale, self.act(self.depthwise(grid)))
+        return nchw(self.norm2, self.act(self.pointwise(grid)))
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -200,12 +200,12 @@ def _answer_in_float32(module: nn.Module, args: tuple[Any, ...], answer: Tensor)
 
 
 def _quantize(model: Model) -> None:
-    """Linear layers to int8. Subclasses of `nn.Linear` run as something else, and the head decides between classes."""
+    """Linear layers to int8, but for the head, which decides between classes, and what is a subclass of its own."""
     require("torchao", "quantize")
     torchao = import_module("torchao.quantization")
 
     def wanted(module: nn.Module, name: str) -> bool:
-        return type(module) is nn.Linear and not name.startswith("head.")
+        return type(module) is Linear and not name.startswith("head.")
 
     if not any(wanted(module, name) for name, module in model.named_modules()):
         raise InputError(f"quantize: {type(model).__name__} has no linear layers before its head; allowed: None")

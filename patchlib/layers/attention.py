@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..registry import build_block
+from .linear import Linear
 from .pos_embed import rotate
 
 
@@ -41,13 +42,13 @@ class Attention(nn.Module):
             raise ConfigError(f"heads: found {heads}; allowed: a divisor of dim={dim}, or give head_dim")
         self.heads, self.head_dim = heads, head_dim or dim // heads
         inner = heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * inner, bias=qkv_bias)
         if norm is not None:
             spec = {"kind": norm} if isinstance(norm, str) else norm
             self.q_norm = build_block("norm", spec, self.head_dim)
             self.k_norm = build_block("norm", spec, self.head_dim)
         self.normed = norm is not None
-        self.proj = nn.Linear(inner, dim)
+        self.proj = Linear(inner, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:

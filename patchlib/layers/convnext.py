@@ -10,6 +10,7 @@ from ..registry import build_block
 from .depthwise import DepthwiseConv
 from .drop import DropPath
 from .grn import GRN
+from .linear import Linear
 from .mlp import hidden_size
 from .recompute import recompute
 from .scale import LayerScale
@@ -53,10 +54,10 @@ class ConvNeXtBlock(nn.Module):
         hidden = hidden_size(dim, ratio)
         self.depthwise = self.Depthwise(dim, kernel_size)
         self.norm = build_block("norm", norm or {"kind": "layer", "eps": 1e-6}, dim)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
         self.grn = self.Response(hidden) if grn else nn.Identity()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .linear import Linear
 
 
 class MLP(nn.Module):
@@ -21,9 +22,9 @@ class MLP(nn.Module):
     def __init__(self, dim: int, *, ratio: float = 4.0, approximate: str = "none", drop: float = 0.0) -> None:
         super().__init__()
         hidden = hidden_size(dim, ratio)
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU(approximate)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, *, ratio: float = 8 / 3, drop: float = 0.0) -> None:
         super().__init__()
         hidden = hidden_size(dim, ratio)
-        self.fc1 = nn.Linear(dim, 2 * hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, 2 * hidden)
+        self.fc2 = Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, InputError
 from ..registry import build_block
 from .grid import checked_pair, nchw_to_grid, pair
+from .linear import Linear
 
 
 class PatchEmbed(nn.Module):
@@ -158,7 +159,7 @@ def resize_kernel(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     return solved.T.reshape(*kernel.shape[:2], *size).to(kernel.dtype)
 
 
-class LinearPatches(nn.Linear):
+class LinearPatches(Linear):
     """Patches flattened in the order (channel, row, column) and multiplied by a matrix.
 
     Shape: ``(batch, in_chans, height, width)`` to ``(batch, rows, columns, dim)``.

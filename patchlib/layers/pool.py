@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
+from .linear import Linear
 
 
 class AvgPool(nn.Module):
@@ -47,7 +48,7 @@ class AttentionPool(nn.Module):
             raise ConfigError(f"heads: found {heads}; allowed: a divisor of dim={dim}")
         self.heads = heads
         self.query = nn.Parameter(torch.empty(1, 1, dim))
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.kv = Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         self.reset_parameters()
 

@@ -17,6 +17,7 @@ from ..layers.drop import drop_path_schedule
 from ..layers.grid import pair
 from ..layers.masked_conv import BlockCache, CausalConvNeXtBlock
 from ..layers.token_image import check_ids
+from ..ops.linear import linear
 from ..registry import build_block
 from .base import LanguageModel
 
@@ -160,7 +161,7 @@ class CausalConvLM(LanguageModel):
         return F.pad(x, (0, 0, 0, rows * width - count)).unflatten(1, (rows, width))
 
     def _head(self, x: Tensor) -> Tensor:
-        return F.linear(self.drop(self.norm(x)), self.tokens)
+        return linear(self.drop(self.norm(x)), self.tokens)
 
     def _init_module(self, module: nn.Module) -> None:
         """Truncated normal of 0.02 for embedding and matrices, zero biases, as in ConvNeXt V2."""

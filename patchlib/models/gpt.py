@@ -16,6 +16,7 @@ from ..config import MAX_CLASSES, MAX_DEPTH, MAX_DIM, BaseConfig, integer, kind,
 from ..errors import ConfigError, InputError
 from ..layers.attention import Attention
 from ..layers.token_image import check_ids
+from ..ops.linear import linear
 from ..registry import build_block
 from .base import LanguageModel
 
@@ -173,7 +174,7 @@ class GPT(LanguageModel):
         return self.norm(x)
 
     def _head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.token_embed.weight)
+        return linear(x, self.token_embed.weight)
 
     def _init_module(self, module: nn.Module) -> None:
         """Normal of 0.02, zero biases; less for the ends of branches, so that their sum does not grow with depth."""
