@@ -19,6 +19,7 @@ from .layers.downsample import Downsample as Downsample
 from .layers.drop import DropPath as DropPath
 from .layers.grid import Patches as Patches
 from .layers.grn import GRN as GRN
+from .layers.linear import Linear as Linear
 from .layers.mlp import MLP as MLP
 from .layers.mlp import SwiGLU as SwiGLU
 from .layers.patch_embed import PatchEmbed as PatchEmbed

@@ -1,11 +1,10 @@
 """Matrix products in float32 on processors for which torch asks the slower of its two libraries.
 
-On x86 torch gives them to MKL, which leaves the 512-bit half of an AMD processor's arithmetic unused. oneDNN, which
-torch carries for convolutions and for bfloat16, does not. Here it computes a linear layer and both of its gradients.
+On x86 torch gives them to MKL, which on AMD's processors with AVX-512 reaches half of what oneDNN does, the library
+that torch carries for convolutions and for bfloat16. Here oneDNN computes a linear layer and both of its gradients.
 """
 
-from functools import cache
-from pathlib import Path
+import math
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .plain import needs_graph, plain
 
-# Multiplications from which on oneDNN is asked. Measured with torch 2.13 on one core of an AMD EPYC (Zen 5, AVX-512),
-# GFLOP/s of MKL -> oneDNN, the best of six (on two cores the ratios are the same):
+# Multiplications from which on oneDNN is asked, since a call of it costs more. Measured with torch 2.13 on one core of
+# an AMD EPYC (Zen 5, AVX-512), GFLOP/s of MKL -> oneDNN, the best of six (on two cores the ratios are the same):
 #
 #   rows, inputs, outputs    forward       input gradient    weight gradient
 #   12544,   96,   384        56 -> 214      80 -> 188         84 -> 170
@@ -28,7 +27,8 @@ from .plain import needs_graph, plain
 #      16,  192,   768        70 ->  73      76 ->  98         78 ->  74
 #       1,  768,   768        25 ->  20      31 ->  20         21 ->  18
 LEAST = 1 << 22
-_ROWS = 32
+ROWS = 32  # and rows, for the same reason
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,45 +46,57 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
-    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
-        return False  # a compiler chooses for itself
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        return False  # torch names what is wrong
-    if x.numel() < _ROWS * x.shape[-1] or x.numel() * weight.shape[0] < LEAST or not faster_with_onednn():
+    if not FASTER or x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() < 2 or weight.dim() != 2:
         return False
-    if weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    # not for compiled code, which limits would bind to a range of batches
+    if not torch.compiler.is_compiling() and (x.numel() < ROWS * x.shape[-1] or x.numel() * weight.shape[0] < LEAST):
+        return False
+    if weight.dtype != torch.float32 or x.shape[-1] != weight.shape[1] or torch.is_autocast_enabled("cpu"):
         return False
     return plain(x, weight) if bias is None else plain(x, weight, bias)
 
 
-@cache
-def faster_with_onednn() -> bool:
+def _is_measured_kind() -> bool:
     """Whether this is the kind of machine that was measured, an AMD processor with AVX-512, and torch has oneDNN's
     product."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     try:
-        vendor = Path("/proc/cpuinfo").read_text().partition("vendor_id")[2].split("\n")[0]
+        with open("/proc/cpuinfo") as file:
+            vendor = file.read(200)
         one = torch.ones(1, 1)
-        return "AuthenticAMD" in vendor and bool(_product(one, one, None) == 1)
+        return "AuthenticAMD" in vendor and _product(one, one).item() == 1
     except (OSError, RuntimeError, AttributeError, TypeError):
         return False
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias`` by oneDNN, of matrices in any layout."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(a, b, bias)
     bias = None if bias is None else bias.contiguous()  # of another it would read what is no bias
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return _ONEDNN(a, b, bias, "none", [], "")
+
+
+@torch.library.custom_op(
+    "patchlib::linear", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? bias) -> Tensor", device_types="cpu"
+)
+def _opaque_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """`_product` for Inductor, which would take the inner operation for one with a constant weight."""
+    return _product(a, b, bias)
+
+
+_opaque_product.register_fake(lambda a, b, bias: a.new_empty(a.shape[0], b.shape[0]))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,7 +111,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         into_x = into_weight = into_bias = None
         if weight is not None:
-            into_x = product(rows, weight.t()).reshape(*grad.shape[:-1], -1)
+            into_x = product(rows, weight.t()).reshape(*grad.shape[:-1], weight.shape[1])
         if x is not None:
             columns = x.flatten(0, -2).t()
             tall = len(columns) > rows.shape[1]  # oneDNN is the faster the fewer rows its result has
@@ -109,9 +121,9 @@ class _Linear(torch.autograd.Function):
         return into_x, into_weight, into_bias
 
 
-@register_flop_formula(getattr(torch.ops.mkldnn, "_linear_pointwise", []))
-def _flops(x: list[int], weight: list[int], *args: Any, **kwargs: Any) -> int:
-    rows = 1
-    for length in x[:-1]:
-        rows *= length
-    return 2 * rows * x[-1] * weight[0]
+FASTER = _is_measured_kind()
+
+
+@register_flop_formula([torch.ops.patchlib.linear, *filter(None, [_ONEDNN])])
+def _flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[0]

@@ -27,7 +27,7 @@ def machine(request, monkeypatch):
             ops._product(torch.ones(1, 1), torch.ones(1, 1))
         except (RuntimeError, AttributeError):
             pytest.skip("this torch has no oneDNN")
-        monkeypatch.setattr(ops, "faster_with_onednn", lambda: True)
+        monkeypatch.setattr(ops, "FASTER", True)
     return request.param
 
 
@@ -117,6 +117,28 @@ def test_transforms_compilers_autocast_and_counters_see_a_linear_layer(machine):
     assert counter.get_total_flops() == 3 * 2 * ROWS * INPUTS * OUTPUTS
 
 
+def test_compiles_to_one_graph_for_any_batch(machine):
+    layer, x = Linear(INPUTS, OUTPUTS), torch.randn(3, ROWS, INPUTS)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (3, 1, 2):
+        entry = x[:batch].clone().requires_grad_()
+        found = compiled(entry)
+        wanted = layer(entry)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        inputs = [entry, layer.weight, layer.bias]
+        ours, theirs = (torch.autograd.grad(y.sin().sum(), inputs) for y in (found, wanted))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    try:
+        args = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS), torch.randn(OUTPUTS)
+        ops._product(*args)
+    except (RuntimeError, AttributeError):
+        pytest.skip("this torch has no oneDNN")
+    torch.library.opcheck(torch.ops.patchlib.linear, args)
+
+
 def test_torchs_own_errors(machine):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ops.linear(torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS + 1))
@@ -125,6 +147,6 @@ def test_torchs_own_errors(machine):
 
 
 def test_small_products_stay_torchs(monkeypatch):
-    monkeypatch.setattr(ops, "faster_with_onednn", lambda: True)
+    monkeypatch.setattr(ops, "FASTER", True)
     monkeypatch.setattr(ops, "_product", lambda *_: pytest.fail("one token is not for oneDNN"))
     ops.linear(torch.randn(1, 4096), torch.randn(4096, 4096))

@@ -66,7 +66,7 @@ def test_a_new_head_is_not_credited_with_the_old_ones_training():
     assert "| Terms | research use" in text
     assert model.info["preprocessing"]["crop_mode"] == "border"
     same = patchlib.create_model("convmixer_16", pretrained=True)
-    assert same.info["test_accuracy"] == 0.824
+    assert same.info["test_accuracy"] == 0.85
     same.reset_classifier(2)
     assert same.info == model.info
 
