@@ -57,8 +57,16 @@ class ConvMixerBlock(nn.Module):
         return self._act_and_norm(self._mix(grid))
 
     def _mix(self, grid: Tensor) -> Tensor:
-        mixed = nchw(self.norm1, self.act(self.depthwise(grid)))
-        return self.pointwise(grid + self.drop_path(self.scale(mixed)))
+        mixed = self.drop_path(self.scale(nchw(self.norm1, self.act(self.depthwise(grid)))))
+        # fresh memory costs the CPU more than adding
+        return self.pointwise(mixed.add_(grid) if self._owns_mixed() else grid + mixed)
+
+    def _owns_mixed(self) -> bool:
+        """Whether the mixed grid may be overwritten: neither the backward pass nor a hook holds it."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(self.norm1, nn.BatchNorm2d):
+            return False
+        hooks = (module._forward_hooks for module in (self.norm1, self.scale, self.drop_path))
+        return not any(hooks) and not torch.nn.modules.module._has_any_global_hook()
 
     def _act_and_norm(self, grid: Tensor) -> Tensor:
         return nchw(self.norm2, self.act(grid))

@@ -138,6 +138,27 @@ def test_hooks_see_what_modules_gave(act):
     for module in block.modules():
         module.register_forward_hook(lambda _m, _i, output: seen.append((output, output.detach().clone())))
         module.register_full_backward_hook(lambda module, *_: passed.append(module))
-    block(torch.randn(2, 4, 4, 8, requires_grad=True)).sum().backward()
+    x = torch.randn(2, 4, 4, 8)
+    with torch.no_grad():
+        block(x)
+    block(x.requires_grad_()).sum().backward()
     assert all(torch.equal(kept, then) for kept, then in seen)
     assert set(passed) == set(block.modules())
+
+
+def test_without_gradients_nothing_is_written_to_that_others_hold():
+    """The input, where modules hand it through, and outputs that global hooks keep."""
+    block, seen = ConvMixerBlock(8, 3).eval(), []
+    block.depthwise = block.act = block.norm1 = nn.Identity()
+    x = torch.randn(2, 4, 4, 8)
+    before = x.clone()
+    with torch.no_grad():
+        block(x)
+    assert torch.equal(x, before)
+    block = ConvMixerBlock(8, 3).eval()
+    keep = lambda _m, _i, output: seen.append((output, output.clone()))  # noqa: E731
+    with torch.no_grad(), torch.nn.modules.module.register_module_forward_hook(keep):
+        block(x)
+    assert all(torch.equal(kept, then) for kept, then in seen)
+    with torch.no_grad():
+        assert torch.equal(block(x), block(x.requires_grad_()))
