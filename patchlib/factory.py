@@ -329,6 +329,8 @@ def model_info(name: str) -> ModelInfo:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from .layers.convmixer import Pointwise
+
     architecture = name.partition(".")[0]
     find_model(architecture)  # a source, such as hf-hub:…, has no registered facts and is refused here
     with torch.device("meta"):
@@ -346,7 +348,8 @@ def model_info(name: str) -> ModelInfo:
             nonlocal activations
             activations += output.numel()
 
-        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        layers = nn.Linear, nn.Conv2d, Pointwise
+        hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, layers)]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(inputs)
         for hook in hooks:

@@ -175,7 +175,7 @@ def test_without_torchao_the_error_names_the_extra():
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])
-@pytest.mark.parametrize("name", ["convmixer", "distilled", "convnextv2", "gpt"])
+@pytest.mark.parametrize("name", ["distilled", "convnextv2", "gpt"])
 @torch.no_grad()
 def test_int8_stays_near(name, dtype):
     pytest.importorskip("torchao")
@@ -186,12 +186,10 @@ def test_int8_stays_near(name, dtype):
     assert 1e-4 < difference(found, model(x)) < TOLERANCES["int8"]
 
 
-def test_a_model_without_linear_layers_has_nothing_to_quantise():
+def test_a_convmixer_has_nothing_to_quantise():
     pytest.importorskip("torchao")
-    patchlib.register_block("depthwise_alone", patchlib.DepthwiseConv, role="stage")
-    model = patchlib.PatchNet(patch_size=4, stages=[{"kind": "depthwise_alone", "dim": 16}], **IMAGES)
     with pytest.raises(InputError, match="no linear layers"):
-        patchlib.optimize(model, compile=False, quantize="int8")
+        patchlib.optimize(make("convmixer"), compile=False, quantize="int8")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

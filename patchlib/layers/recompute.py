@@ -50,15 +50,15 @@ def recompute(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     return checkpoint(run, recipe.source, *args, use_reentrant=False, context_fn=contexts)
 
 
-def remade(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``recompute(function, x)``, for a function so cheap that its result is worth no memory either: a `recompute` that
-    takes the result keeps `x` in its place.
+def remade(function: Callable[[Tensor], Tensor], x: Tensor, *, keep: bool = True) -> Tensor:
+    """``function(x)``, so cheap that the result is worth no memory: a `recompute` that takes it keeps `x` in its place.
 
     Args:
         function: a module, or a method of one, without randomness.
         x: its input, of any shape.
+        keep: whether inner activations are kept; if not, the function too is run by `recompute`.
     """
-    result = recompute(function, x)
+    result = function(x) if keep else recompute(function, x)
     if result.requires_grad and not transformed() and not torch.compiler.is_compiling():
         _Recipe(function, x, result._version).note_on(result)
     return result

@@ -146,7 +146,7 @@ def test_hooks_see_what_modules_gave(act):
     assert set(passed) == set(block.modules())
 
 
-def test_without_gradients_nothing_is_written_to_that_others_hold():
+def test_nothing_is_written_to_that_others_hold():
     """The input, where modules hand it through, and outputs that global hooks keep."""
     block, seen = ConvMixerBlock(8, 3).eval(), []
     block.depthwise = block.act = block.norm1 = nn.Identity()
