@@ -50,7 +50,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not FASTER or x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() < 2 or weight.dim() != 2:
+    if not FASTER or x.dtype != torch.float32 or x.device.type != "cpu" or torch.jit.is_tracing():
+        return False
+    if x.dim() < 2 or weight.dim() != 2:
         return False
     # not for compiled code, which limits would bind to a range of batches
     if not torch.compiler.is_compiling() and (x.numel() < ROWS * x.shape[-1] or x.numel() * weight.shape[0] < LEAST):
