@@ -61,9 +61,8 @@ def optimize(
         fuse: fold batch norms: ConvMixer's into affines computed in place and the next layer's bias, those of an
             ``early_conv`` stem into its convolutions.
         quantize: ``"int8"`` multiplies linear layers, the head left out, in 8 bits: weights per output channel,
-            inputs per position by the range found in them (torchao, the extra ``quantize``). On one AMD core with
-            bfloat16 instructions it made ViT-Base 2.2 times as fast as float32 (batch 4, not compiled), and bfloat16
-            alone 3.3 times: there it pays only for memory.
+            inputs per position by the range found in them (torchao, the extra ``quantize``). Where the processor has
+            bfloat16 instructions, bfloat16 alone is faster: there it pays only for memory.
         sample: what is compared on: images ``(batch, in_chans, height, width)`` or token ids ``(batch, T)``. Left out,
             two of noise, always the same. Photographs, as `preprocess` makes them, are the better check.
 
