@@ -337,8 +337,7 @@ def _reason(error: BaseException | None, revision: str, wants: str = "no sound c
             said = " ".join((error.server_message or "nothing more").split())
             return f"the Hub answers {error.response.status_code} ({said}); try again later"
         case ValueError() | errors.LocalEntryNotFoundError() if error.__cause__ is not None:
-            return _reason(
-                error.__cause__, revision, wants
-            )  # what the client met while it was forced, or saw no other way
+            # what the client met while it was forced, or saw no other way
+            return _reason(error.__cause__, revision, wants)
     said = " ".join(str(error).split()) or "no answer"
     return f"{said} ({type(error).__name__}); check the connection, or try again later"
